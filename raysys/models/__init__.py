@@ -1,0 +1,1 @@
+"""Blocks put together into models."""

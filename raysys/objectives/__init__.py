@@ -1,0 +1,1 @@
+"""Losses: from a model's outputs to one number."""
