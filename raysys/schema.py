@@ -8,14 +8,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 
 from raysys.errors import UserError, nearest
+from raysys.plain import build, check_keys, without_defaults
 
 Side = Literal["user", "item", "context", "position"]
 Encoding = Literal["index", "hash", "vocab"]
@@ -23,6 +25,9 @@ DenseTransform = Literal["none", "log", "standardize", "log_standardize"]
 Pooling = Literal["sum", "mean"]
 LabelKind = Literal["binary", "regression"]
 ExtraKind = Literal["float", "int", "vector", "ids"]
+
+MAX_NUM_EMBEDDINGS = 2**32
+"""The most rows a table may have: the hash is spread over them with 32-bit arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -184,14 +189,14 @@ class FeatureSchema:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data without keys that hold their default, in the shape of the YAML file."""
-        content = {
+        content: dict[str, Any] = {
             "tables": {
                 t.name: {"num_embeddings": t.num_embeddings, "embedding_dim": t.embedding_dim} for t in self.tables
             }
         }
         for key in ("dense", "sparse", "sequences", "labels", "extra"):
             if getattr(self, key):
-                content[key] = [_without_defaults(item) for item in getattr(self, key)]
+                content[key] = [without_defaults(item) for item in getattr(self, key)]
         for key in ("example_id", "group_id", "time", "weight"):
             if getattr(self, key) is not None:
                 content[key] = getattr(self, key)
@@ -201,7 +206,8 @@ class FeatureSchema:
 
     def save(self, path: str | Path) -> None:
         """Write the YAML file."""
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, width=150, default_flow_style=None))
+        text = yaml.safe_dump(self.to_dict(), sort_keys=False, width=150, default_flow_style=None, allow_unicode=True)
+        Path(path).write_text(text, encoding="utf-8")
 
     def fingerprint(self) -> str:
         """A hash of the content, the same on every machine."""
@@ -212,32 +218,26 @@ class FeatureSchema:
         """Build and check a schema; a wrong key or value is a `UserError` that names it and the nearest valid one."""
         if not isinstance(content, dict):
             raise UserError(f"{source}: expected a mapping, found {type(content).__name__}")
-        known = [f.name for f in dataclasses.fields(cls) if f.name != "source"]
-        _check_keys(content, known, source)
-        values: dict[str, Any] = {
-            key: content[key] for key in ("example_id", "group_id", "time", "weight") if key in content
-        }
-        values["tables"] = tuple(
-            _build(Table, {"name": name, **row}, f"{source}: tables.{name}")
-            for name, row in (content.get("tables") or {}).items()
-        )
-        for key, kind in (
-            ("dense", DenseFeature),
-            ("sparse", SparseFeature),
-            ("labels", Label),
-            ("extra", ExtraColumn),
-        ):
-            values[key] = tuple(_build(kind, row, f"{source}: {key}") for row in content.get(key) or ())
-        values["sequences"] = tuple(_build_sequence(row, source) for row in content.get("sequences") or ())
+        check_keys(content, [f.name for f in dataclasses.fields(cls) if f.name != "source"], source)
+        values: dict[str, Any] = {}
+        for key in ("example_id", "group_id", "time", "weight"):
+            values[key] = content.get(key)
+            if not isinstance(values[key], str | None):
+                raise UserError(f"{source}: {key} is {values[key]!r}, expected the name of a column")
+        values["tables"] = tuple(_build_table(name, row, source) for name, row in _tables(content, source).items())
+        kinds: dict[str, type] = {"dense": DenseFeature, "sparse": SparseFeature, "labels": Label, "extra": ExtraColumn}
+        for key, kind in kinds.items():
+            values[key] = tuple(build(kind, row, f"{source}: {key}") for row in _list(content, key, source))
+        values["sequences"] = tuple(_build_sequence(row, source) for row in _list(content, "sequences", source))
         if content.get("catalogue") is not None:
-            values["catalogue"] = _build(Catalogue, content["catalogue"], f"{source}: catalogue")
+            values["catalogue"] = build(Catalogue, content["catalogue"], f"{source}: catalogue")
         return cls(**values, source=source)
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureSchema:
         """Read a YAML file."""
         try:
-            content = yaml.safe_load(Path(path).read_text())
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(
                 f"{path}: no such schema", hint="make a first one with: raysys schema LOG.parquet"
@@ -252,46 +252,34 @@ def _id_features(schema: FeatureSchema) -> Iterator[SparseFeature | SequenceFeat
     yield from schema.sequence_features
 
 
-def _without_defaults(item: Any) -> dict[str, Any]:
-    content = {}
-    for f in dataclasses.fields(item):
-        value = getattr(item, f.name)
-        if f.name == "features":
-            content["features"] = [_without_defaults(feature) for feature in value]
-        elif value != f.default:
-            content[f.name] = value
-    return content
+def _list(content: dict[str, Any], key: str, where: str) -> list[Any]:
+    items = content.get(key) or []
+    if not isinstance(items, list):
+        raise UserError(f"{where}: {key} is {items!r}, expected a list")
+    return items
 
 
-def _check_keys(content: dict[str, Any], known: Iterable[str], where: str) -> None:
-    known = list(known)
-    for key in content:
-        if key not in known:
-            raise UserError(f"{where}: unknown key {key!r}", hint=nearest(str(key), known))
+def _tables(content: dict[str, Any], source: str) -> dict[str, Any]:
+    tables = content.get("tables") or {}
+    if not isinstance(tables, dict):
+        raise UserError(f"{source}: tables is {tables!r}, expected a mapping from table name to its num_embeddings")
+    return tables
 
 
-_T = TypeVar("_T")
-
-
-def _build(kind: type[_T], content: Any, where: str) -> _T:
-    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    if not isinstance(content, dict):
-        raise UserError(f"{where}: expected a mapping with keys {', '.join(fields)}, found {content!r}")
-    where = f"{where} {content['name']!r}" if "name" in content else where
-    _check_keys(content, fields, where)
-    missing = [name for name, f in fields.items() if f.default is dataclasses.MISSING and name not in content]
-    if missing:
-        raise UserError(f"{where}: missing key {missing[0]!r}")
-    return kind(**content)
+def _build_table(name: Any, content: Any, source: str) -> Table:
+    where = f"{source}: table {name!r}"
+    return build(Table, {**content, "name": name} if isinstance(content, dict) else content, where)
 
 
 def _build_sequence(content: Any, source: str) -> Sequence:
-    sequence = _build(Sequence, content, f"{source}: sequences")
-    features = tuple(_build(SequenceFeature, row, f"{source}: sequence {sequence.name!r}") for row in sequence.features)
-    return dataclasses.replace(sequence, features=features)
+    sequence = build(Sequence, content, f"{source}: sequences")
+    where = f"{source}: sequence {sequence.name!r}"
+    rows = _list(content, "features", where)
+    return dataclasses.replace(sequence, features=tuple(build(SequenceFeature, row, where) for row in rows))
 
 
 def _validate(schema: FeatureSchema) -> None:
+    _check_tables(schema)
     _check_values(schema)
     _check_unique(schema)
     tables = {table.name for table in schema.tables}
@@ -316,29 +304,24 @@ def _validate(schema: FeatureSchema) -> None:
 
 
 def _check_values(schema: FeatureSchema) -> None:
-    choices = {"side": Side, "encoding": Encoding, "transform": DenseTransform, "pooling": Pooling}
-    for item in (
+    named: tuple[Any, ...] = (
         *schema.dense,
         *schema.sparse,
         *schema.sequences,
         *schema.sequence_features,
         *schema.labels,
         *schema.extra,
-    ):
-        kinds = {"kind": LabelKind if isinstance(item, Label) else ExtraKind}
-        for key, allowed in (choices | kinds).items():
-            value = getattr(item, key, None)
-            if value is not None and value not in get_args(allowed):
-                raise UserError(
-                    f"{schema.source}: {item.name!r} has {key} {value!r}", nearest(str(value), get_args(allowed))
-                )
-    for table in schema.tables:
-        for key in ("num_embeddings", "embedding_dim"):
-            if not isinstance(getattr(table, key), int) or getattr(table, key) < 1:
-                raise UserError(
-                    f"{schema.source}: table {table.name!r} has {key} {getattr(table, key)!r}",
-                    "a positive whole number is expected",
-                )
+    )
+    for item in named:
+        _check_choices(schema, item)
+        for key in ("max_length", "width"):
+            _check_positive(schema, repr(item.name), key, getattr(item, key, 1))
+    for feature in schema.dense:
+        if not math.isfinite(feature.default):
+            raise UserError(f"{schema.source}: {feature.name!r} has default {feature.default}", "give a finite number")
+    for sequence in schema.sequences:
+        if not sequence.features:
+            raise UserError(f"{schema.source}: sequence {sequence.name!r} has no features", "name at least one column")
     for label in schema.labels:
         if not 0 < label.negative_keep_rate <= 1:
             raise UserError(
@@ -347,9 +330,41 @@ def _check_values(schema: FeatureSchema) -> None:
             )
 
 
+def _check_tables(schema: FeatureSchema) -> None:
+    for table in schema.tables:
+        for key in ("num_embeddings", "embedding_dim"):
+            _check_positive(schema, f"table {table.name!r}", key, getattr(table, key))
+        if table.num_embeddings > MAX_NUM_EMBEDDINGS:
+            raise UserError(
+                f"{schema.source}: table {table.name!r} has num_embeddings {table.num_embeddings}",
+                f"at most {MAX_NUM_EMBEDDINGS} (2**32) are supported",
+            )
+
+
+def _check_choices(schema: FeatureSchema, item: Any) -> None:
+    kinds = LabelKind if isinstance(item, Label) else ExtraKind
+    choices = {
+        "side": Side,
+        "encoding": Encoding,
+        "transform": DenseTransform,
+        "pooling": Pooling,
+        "kind": kinds,
+    }
+    for key, allowed in choices.items():
+        value = getattr(item, key, None)
+        if hasattr(item, key) and value not in get_args(allowed):
+            hint = nearest(str(value), get_args(allowed))
+            raise UserError(f"{schema.source}: {item.name!r} has {key} {value!r}", hint)
+
+
+def _check_positive(schema: FeatureSchema, owner: str, key: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise UserError(f"{schema.source}: {owner} has {key} {value!r}", "a positive whole number is expected")
+
+
 def _check_unique(schema: FeatureSchema) -> None:
     groups: dict[str, list[str]] = {
-        "feature": [f.name for f in (*schema.dense, *schema.sparse, *schema.sequence_features)],
+        "feature": [feature.name for feature in schema.dense] + [feature.name for feature in _id_features(schema)],
         "sequence": [s.name for s in schema.sequences],
         "label": list(schema.tasks),
     }
@@ -357,9 +372,10 @@ def _check_unique(schema: FeatureSchema) -> None:
         twice = [name for name in names if names.count(name) > 1]
         if twice:
             raise UserError(f"{schema.source}: {kind} {twice[0]!r} is named twice")
-    leaks = set(groups["feature"]) & set(schema.tasks)
+    inputs = {*groups["feature"], *(feature.weights for feature in schema.sparse)}
+    leaks = [task for task in schema.tasks if task in inputs]
     if leaks:
         raise UserError(
-            f"{schema.source}: label {sorted(leaks)[0]!r} is also a feature",
+            f"{schema.source}: label {leaks[0]!r} is also a feature",
             "a label as a feature gives the answer away: remove it",
         )

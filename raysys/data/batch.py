@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
 
-@dataclass
+@dataclass(eq=False)  # a batch is itself: comparing tensors has no truth value, and pipelines keep batches in dicts
 class Batch(Pipelineable):
     """B rows of a log, encoded. Rows of padding have weight 0, `example_id` -1 and empty bags.
 
@@ -20,6 +22,9 @@ class Batch(Pipelineable):
     labels, label_mask, weight: [B, T]; a masked label is 0 with mask False and weight 0.
     example_id, group_id, time: [B] int64, `example_id` unique over the whole log.
     extra: the columns that the schema names as `extra`.
+
+    Ids are int64 and lengths int32, as in TorchRec's own data sets; `sparse` has no keys where the schema has no
+    unweighted feature, `weighted` and `sequences` are None where the schema has none.
     """
 
     dense: Tensor
@@ -38,7 +43,7 @@ class Batch(Pipelineable):
         return self.dense.shape[0]
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
-        """A copy on `device`."""
+        """A copy on `device`; a tensor that is there already is shared with it."""
         return self._map(lambda value: value.to(device=device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
@@ -47,10 +52,11 @@ class Batch(Pipelineable):
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Tell the allocator that `stream` uses these tensors."""
-        self._map(lambda value: value.record_stream(stream) or value)
+        for value in self._values():
+            value.record_stream(stream)
 
-    def _map(self, function) -> Batch:  # noqa: ANN001
-        values = {}
+    def _map(self, function: Callable[[Any], Any]) -> Batch:
+        values: dict[str, Any] = {}
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if isinstance(value, dict):
@@ -58,3 +64,7 @@ class Batch(Pipelineable):
             else:
                 values[f.name] = None if value is None else function(value)
         return Batch(**values)
+
+    def _values(self) -> list[Any]:
+        values = [getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"]
+        return [value for value in values if value is not None] + list(self.extra.values())
