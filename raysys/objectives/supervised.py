@@ -1,0 +1,110 @@
+"""The plain supervised loss: cross-entropy for binary tasks, squared error for regression tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from raysys.errors import UserError, nearest
+from raysys.nn.collectives import global_sum, world_size
+from raysys.schema import FeatureSchema
+
+if TYPE_CHECKING:
+    from raysys.data.batch import Batch
+    from raysys.models.outputs import Embedded, Output
+
+
+class Ranker(Protocol):
+    """What an objective calls of a ranking model; the embedding lookup is done by its caller."""
+
+    def interact(self, embedded: Embedded) -> Tensor:
+        """Shared representation [B, H]."""
+
+    def predict(self, shared: Tensor) -> Output:
+        """Logits [B, T] and what else the heads give."""
+
+
+class Supervised(nn.Module):
+    """Σ over tasks of task weight · (Σ w l / Σ w), rows without a label left out, plus an optional embedding regulariser.
+
+    Per rank it is W · Σ w l (its own rows) / Σ w (all ranks' rows): averaged over ranks, as data-parallel training averages
+    gradients, that is the loss of the joint batch, however rows and labels are spread. A task without a label in the whole
+    batch contributes 0.
+
+    task_weights: factor of each task's loss, 1 where none is named.
+    embedding_l2: λ of λ/2 · mean over rows of Σ |e|² over the row's looked-up embeddings (a sequence counts as one, by the
+        mean over its events). Only rows that were looked up shrink, in proportion to how often; it helps small logs most.
+    """
+
+    def __init__(
+        self, schema: FeatureSchema, *, task_weights: Mapping[str, float] | None = None, embedding_l2: float = 0.0
+    ) -> None:
+        super().__init__()
+        if embedding_l2 < 0:
+            raise UserError(f"objective.embedding_l2 is {embedding_l2}", "a number of at least 0 is expected")
+        self.labels, self.embedding_l2 = schema.labels, embedding_l2
+        self.task_weights = _check_weights(schema, task_weights or {})
+
+    def forward(self, model: Ranker, batch: Batch, embedded: Embedded) -> tuple[Tensor, Output, dict[str, Tensor]]:
+        """Loss (scalar), the model's output, and each task's loss before its task weight (detached).
+
+        The parts are this rank's share, like the loss: their average over ranks is the value on the joint batch.
+        """
+        output = model.predict(model.interact(embedded))
+        losses = self._row_losses(output.logits.float(), batch.labels)  # [B, T]
+        weight = batch.weight * batch.label_mask
+        counted = (batch.weight > 0).any(1).float()  # [B], 0 for padding
+        totals = global_sum(torch.cat([weight.sum(0), counted.sum()[None]]))  # [T + 1]
+        per_task = world_size() * (weight * losses).sum(0) / _or_one(totals[:-1])  # [T]
+        parts = {label.name: part for label, part in zip(self.labels, per_task.detach().unbind(), strict=True)}
+        loss = torch.stack([self.task_weights[i] * part for i, part in enumerate(per_task.unbind())]).sum()
+        if self.embedding_l2 > 0:
+            squares = (counted * squared_norms(embedded)).sum()  # not a matmul, which autocast would do in bfloat16
+            penalty = 0.5 * self.embedding_l2 * world_size() * squares / _or_one(totals[-1])
+            loss, parts["embedding_l2"] = loss + penalty, penalty.detach()
+        return loss, output, parts
+
+    def _row_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of each row and task [B, T]: cross-entropy in nats or squared error."""
+        columns = zip(self.labels, logits.unbind(1), labels.unbind(1), strict=True)
+        return torch.stack([_LOSSES[label.kind](logit, target) for label, logit, target in columns], 1)
+
+
+def _cross_entropy(logit: Tensor, target: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(logit, target, reduction="none")
+
+
+def _squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    return (prediction - target).square()
+
+
+_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"binary": _cross_entropy, "regression": _squared_error}
+
+
+def squared_norms(embedded: Embedded) -> Tensor:
+    """Σ |e|² over each row's tokens, sequences (mean over the events that are there) and ensemble members: [B]."""
+    total = embedded.tokens.float().square().sum((1, 2))  # [B]
+    for values, mask in embedded.sequences.values():
+        events = values.float().square().sum(2) * mask  # [B, L]
+        total = total + events.sum(1) / mask.sum(1).clamp(min=1)
+    for member in embedded.members.values():
+        total = total + squared_norms(member)
+    return total
+
+
+def _or_one(total: Tensor) -> Tensor:
+    """`total`, and 1 where it is 0: what is divided by it is 0 there as well."""
+    return torch.where(total > 0, total, torch.ones_like(total))
+
+
+def _check_weights(schema: FeatureSchema, task_weights: Mapping[str, Any]) -> list[float]:
+    for task, weight in task_weights.items():
+        if task not in schema.tasks:
+            raise UserError(f"objective.task_weights: no task {task!r} in {schema.source}", nearest(task, schema.tasks))
+        if not float(weight) >= 0:
+            raise UserError(f"objective.task_weights.{task} is {weight}", "a number of at least 0 is expected")
+    return [float(task_weights.get(task, 1.0)) for task in schema.tasks]
