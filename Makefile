@@ -1,0 +1,37 @@
+# `make` lists what there is. Every target sets up .venv first where that is missing or out of date.
+.DEFAULT_GOAL := help
+.PHONY: help setup train test soak bench lint doctor lock
+
+PYTHON ?= python3
+VENV := .venv/bin/python
+PYTEST := $(VENV) -m pytest -p no:cacheprovider -rs --durations=15
+
+help: ## List these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo '  ARGS="..." is passed on: make train ARGS="train.epochs=2", make test ARGS="tests/data"'
+
+setup: ## Create .venv with the pinned stack (nothing is done where it is up to date)
+	@$(PYTHON) jobs/install.py
+
+train: setup ## Prepare MovieLens-100K and train a DHEN on it with 2 Ray Train workers
+	$(VENV) jobs/train.py experiment=movielens trainer=ray $(ARGS)
+
+test: setup ## Run the test suite
+	$(PYTEST) $(ARGS)
+
+soak: setup ## Run the tests that train or kill things, and write a record to docs/records/
+	$(PYTEST) -m "experiment or soak" --record docs/records $(ARGS)
+
+bench: setup ## Measure throughput against the bare loop
+	$(VENV) jobs/bench.py $(ARGS)
+
+lint: setup ## Check style and types
+	$(VENV) -m ruff check .
+	$(VENV) -m ruff format --check .
+	$(VENV) -m mypy
+
+doctor: setup ## Tell about this machine, and how to mend what is wrong
+	@$(VENV) -m raysys.doctor
+
+lock: ## Resolve the dependencies anew and write constraints.txt
+	@$(PYTHON) jobs/install.py --lock
