@@ -26,8 +26,8 @@ NOT_SET = "(not set)"
 
 _WITH_INTERVAL = ("ne", "auc", "log_loss")
 
-PairedInterval = Callable[[str, np.ndarray, np.ndarray, np.ndarray, np.ndarray], tuple[float, float, float]]
-"""`raysys.train.intervals.paired_interval`: (metric, labels, p_a, p_b, weights) to metric(p_b) - metric(p_a), low, high."""
+PairedInterval = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, str], tuple[float, float, float]]
+"""`raysys.train.intervals.paired_interval`: (labels, weights, p_a, p_b, metric) to (metric(p_b) - metric(p_a), low, high)."""
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,9 @@ def _differences(
         difference = None if left is None or right is None else right - left
         low = high = None
         if pairs is not None and key in _WITH_INTERVAL and difference is not None:
-            found = paired_interval(key, pairs.labels, pairs.p_a, pairs.p_b, pairs.weights)
-            difference, low, high = (float(value) for value in found)
+            found = paired_interval(pairs.labels, pairs.weights, pairs.p_a, pairs.p_b, key)
+            if np.isfinite(found).all():  # NaN: undefined on the rows that both have
+                difference, low, high = (float(value) for value in found)
         rows.append(MetricDifference(split, task, key, left, right, difference, low, high))
     return rows
 
@@ -216,9 +217,10 @@ def _read(file: Path) -> _Columns:
 
 
 def _join(a: _Columns, b: _Columns, split: str, task: str, notes: list[str]) -> _Pairs | None:
-    """The labelled rows of a task; None where the runs do not have it, and with a note where they do not agree on labels."""
+    """The labelled rows of a task; None, with a note, where the runs do not both have it or do not agree on its labels."""
     names = [f"{task}_{part}" for part in ("label", "weight", "probability")]
-    if names[-1] not in a or names[-1] not in b:
+    if any(name not in columns for name in names for columns in (a, b)):
+        notes.append(f"{split}: no intervals for {task}: it is not in the predictions of both runs")
         return None
     labels, weights, p_a = (np.asarray(a[name], np.float64) for name in names)
     other_labels, other_weights, p_b = (np.asarray(b[name], np.float64) for name in names)

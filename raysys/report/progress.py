@@ -36,6 +36,7 @@ class Progress:
         self.started: Event = {}
         self.step: Event = {}
         self.evaluations: dict[str, Event] = {}
+        self.warning: str | None = None
         self.finished: Event | None = None
         self.last_time = 0.0
         live = self.console.is_terminal and not self.console.is_dumb_terminal
@@ -62,6 +63,8 @@ class Progress:
             self.step = event
         elif kind == "evaluation":
             self.evaluations[event["split"]] = event
+        elif kind == "warning":
+            self.warning = event["message"]
         elif kind == "run_finished":
             self.finished = event
         if self.live is None:
@@ -72,6 +75,7 @@ class Progress:
         if always or self.printed_at is None or now - self.printed_at >= self.interval:
             self.printed_at = now
             self.console.print(self._line(), soft_wrap=True, markup=False, highlight=False)
+            self.warning = None  # once is enough where lines stay
 
     def _line(self) -> str:
         parts = [str(self.started.get("run_id", "run")), self._position()]
@@ -82,6 +86,8 @@ class Progress:
             parts += _figures(split, self.evaluations[split]["tasks"])
         if self.finished is None and self.step.get("eta_seconds") is not None:
             parts.append(f"ETA {duration(self.step['eta_seconds'])}")
+        if self.warning is not None:
+            parts.append(f"warning: {self.warning}")
         return "  ".join(part for part in parts if part)
 
     def _position(self) -> str:
@@ -106,6 +112,8 @@ class Progress:
         rows: list[RenderableType] = [head, self._bar()]
         if self.step or self.evaluations:
             rows.append(Padding(self._metrics(), (1, 0, 0, 0)))
+        if self.warning is not None:
+            rows.append(Text(f"warning: {self.warning}", style="yellow"))
         if self.finished is not None:
             status = self.finished["status"]
             message = self.finished.get("message")

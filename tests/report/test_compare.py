@@ -18,13 +18,14 @@ from raysys.report.compare import (
     config_differences,
     render_comparison,
 )
+from raysys.train import intervals
 
 
 def log_loss(labels, probabilities):
     return -(labels * np.log(probabilities) + (1 - labels) * np.log1p(-probabilities))
 
 
-def paired_interval(metric, labels, p_a, p_b, weights):
+def paired_interval(labels, weights, p_a, p_b, metric):
     """Of the log-loss, whatever the metric is called; fails where rows are not those of the same examples."""
     rows = log_loss(labels, p_b) - log_loss(labels, p_a)
     half = 1.96 * rows.std() / np.sqrt(len(rows))
@@ -75,7 +76,7 @@ def test_what_has_no_interval_still_has_its_difference(pair, record):
     assert (gauc.a, gauc.difference, gauc.low) == (0.71, 0.0, None)
     assert find(comparison, "test", "finish", "gauc").difference is None
     note = f"valid: no intervals: {pair[0]}/predictions/valid.parquet and {pair[1]}/predictions/valid.parquet not there"
-    assert comparison.notes == [note]
+    assert comparison.notes == [note, "test: no intervals for finish: it is not in the predictions of both runs"]
 
 
 @pytest.mark.parametrize(
@@ -92,6 +93,18 @@ def test_what_has_no_interval_still_has_its_difference(pair, record):
 )
 def test_verdicts_know_which_way_is_good(metric, low, high, verdict):
     assert MetricDifference("test", "like", metric, 1, 2, 1, low, high).verdict == verdict
+
+
+def test_intervals_of_training_fit_in(pair):
+    row = find(compare(*pair, intervals.paired_interval), "test", "like", "auc")
+    assert 0 < row.low < row.difference < row.high
+    assert row.verdict == "better"
+
+
+def test_an_undefined_interval_is_none_and_gives_no_verdict(pair):
+    row = find(compare(*pair, lambda *_: (np.nan, np.nan, np.nan)), "test", "like", "ne")
+    assert row.difference == pytest.approx(-0.05)
+    assert (row.low, row.high, row.verdict) == (None, None, "")
 
 
 def test_nested_configs():

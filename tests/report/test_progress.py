@@ -83,6 +83,13 @@ def test_values_that_are_missing_are_dashes(events, clock):
     assert show([step], clock, 0.1) == "run  step 1  epoch 1  – rows/s  loss –\n"  # noqa: RUF001
 
 
+def test_a_warning_is_shown_once_with_the_next_line(events, clock):
+    warning = {"event": "warning", "time": 1.7e9, "step": 7, "message": "a checkpoint is damaged"}
+    lines = show([events[0], warning, *events[2:6]], clock, seconds_per_event=6.0).splitlines()
+    assert [("warning: a checkpoint is damaged" in line) for line in lines] == [False, True, False]
+    assert "warning: a checkpoint" in show([events[0], warning], clock, 0.1, terminal=True)
+
+
 def test_a_terminal_gets_a_live_table(events, clock):
     text = show(events, clock, seconds_per_event=0.01, terminal=True)
     last = text[text.rindex("dhen-movielens") :]
