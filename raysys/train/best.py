@@ -1,0 +1,56 @@
+"""Early stopping: the best evaluation so far and how long ago it was."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from raysys.errors import UserError, nearest
+from raysys.schema import FeatureSchema
+from raysys.train.checkpoint import checkpoint_path
+from raysys.train.settings import EarlyStopping
+
+
+class BestSoFar:
+    """Watches one metric of the validation split. Without settings nothing is watched and nothing stops."""
+
+    def __init__(self, settings: EarlyStopping | None, schema: FeatureSchema) -> None:
+        self.settings = settings
+        self.task = settings.task if settings and settings.task else schema.tasks[0]
+        if self.task not in schema.tasks:
+            raise UserError(f"train.early_stopping.task {self.task!r} is no label", nearest(self.task, schema.tasks))
+        self.step: int | None = None
+        self.value = math.nan
+        self.stale = 0
+
+    def update(self, tasks: dict[str, dict[str, float]], step: int) -> bool:
+        """Take an evaluation; True where it is the best so far. An undefined metric never is."""
+        if self.settings is None:
+            return False
+        value = tasks[self.task][self.settings.metric]
+        gain = value - self.value if self.settings.larger_is_better else self.value - value
+        better = not math.isnan(value) and (self.step is None or gain > 0)
+        if better:
+            self.step, self.value, self.stale = step, value, 0
+        else:
+            self.stale += 1
+        return better
+
+    @property
+    def patience_is_over(self) -> bool:
+        """Whether too many evaluations in a row were no better."""
+        return self.settings is not None and self.stale >= self.settings.patience
+
+    def path(self, checkpoints: Path) -> Path | None:
+        """The checkpoint of the best evaluation."""
+        return None if self.step is None else checkpoint_path(checkpoints, self.step)
+
+    def state(self) -> dict[str, Any]:
+        """Plain data for a checkpoint."""
+        return {"step": self.step, "value": None if math.isnan(self.value) else self.value, "stale": self.stale}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint's state."""
+        self.step, self.stale = state["step"], state["stale"]
+        self.value = math.nan if state["value"] is None else state["value"]

@@ -1,0 +1,129 @@
+"""Checkpoints: a `torch.distributed.checkpoint` folder that loads under another plan and on another number of workers.
+
+step_00000120/
+  .metadata, __0_0.distcp, ...   tensors, written by every rank (the pickle `.metadata` is why checkpoints must come
+                                 from storage that you trust)
+  state.json                     step, reader position, early stopping, config, schema, versions
+  transforms/                    vocabularies and normalisers
+  manifest.json                  sha256 of every file above, written last: without it the folder does not exist
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from raysys.errors import UserError
+from raysys.hashed_folder import MANIFEST, files_of, find_damage, hash_files, read_json, read_manifest, write_manifest
+from raysys.nn.collectives import is_distributed, rank, world_size
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """When checkpoints are written and which are kept; the one of the best evaluation is kept besides the last ones."""
+
+    every_steps: int | None = None
+    keep: int = 2
+
+
+def save_checkpoint(
+    folder: Path, tensors: dict[str, Any], state: dict[str, Any], write_files: Callable[[Path], None]
+) -> int:
+    """Write one checkpoint (collective: every rank calls it) and return its bytes.
+
+    tensors: a nested dict of tensors, ShardedTensors and DTensors with the same keys under every plan. state: plain
+    data for `state.json`. write_files: called on rank 0 to put further files into the folder.
+    """
+    if rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)  # what a killed run left half-written
+        folder.mkdir(parents=True)
+    _barrier()
+    dcp.save(tensors, checkpoint_id=str(folder), no_dist=not is_distributed())
+    if rank() == 0:
+        write_files(folder)
+        (folder / "state.json").write_text(json.dumps({"format_version": FORMAT_VERSION, **state}, indent=1))
+    _barrier()
+    hashes = _gather_dicts(hash_files(folder, _own_share(files_of(folder))))
+    if rank() == 0:
+        write_manifest(folder, FORMAT_VERSION, hashes)
+    _barrier()
+    return sum((folder / name).stat().st_size for name in hashes)
+
+
+def load_tensors(folder: Path, tensors: dict[str, Any]) -> None:
+    """Fill `tensors` in place from a verified checkpoint (collective where a process group exists)."""
+    dcp.load(tensors, checkpoint_id=str(folder), no_dist=not is_distributed())
+
+
+def verify_checkpoint(folder: Path) -> dict[str, Any]:
+    """Check format and hashes of every file and return `state.json` (collective: the ranks share the hashing).
+
+    Raises UserError naming the file that is missing or changed.
+    """
+    hashes = read_manifest(folder, FORMAT_VERSION)
+    damage = find_damage(folder, hashes, _own_share(sorted(hashes)))
+    for name, what in sorted(_gather_dicts(damage).items()):
+        raise UserError(f"{folder / name} {what}", "the checkpoint is damaged: resume from another one")
+    return read_json(folder / "state.json")
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted(path.parent for path in Path(folder).glob(f"step_*/{MANIFEST}"))
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """The folder of the checkpoint of a step."""
+    return Path(folder) / f"step_{step:08d}"
+
+
+def latest_intact(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose hashes hold; `warn` hears of each damaged one that is passed over (collective)."""
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            verify_checkpoint(path)
+        except UserError as error:
+            warn(f"{error.message}: taking an older checkpoint")
+        else:
+            return path
+    return None
+
+
+def remove_old(folder: Path, keep: int, best: Path | None) -> None:
+    """Delete all but the `keep` newest checkpoints and the best one; the manifest goes first (rank 0 only)."""
+    for path in list_checkpoints(folder)[:-keep]:
+        if path != best:
+            (path / MANIFEST).unlink()
+            shutil.rmtree(path)
+
+
+def saved_names(folder: Path) -> set[str]:
+    """The flattened names of all tensors in a checkpoint."""
+    return set(dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata)
+
+
+def _own_share(names: list[str]) -> list[str]:
+    return names[rank() :: world_size()]
+
+
+def _gather_dicts(content: dict[str, str]) -> dict[str, str]:
+    """The union of the dicts of all ranks."""
+    if not is_distributed():
+        return content
+    gathered: list[dict[str, str]] = [{} for _ in range(world_size())]
+    dist.all_gather_object(gathered, content)
+    return {key: value for part in gathered for key, value in part.items()}
+
+
+def _barrier() -> None:
+    if is_distributed():
+        dist.barrier()

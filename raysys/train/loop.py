@@ -1,0 +1,191 @@
+"""What one worker runs: steps, evaluation, checkpoints. The same code in-process, under Ray Train and on a GPU."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
+from torchrec.distributed.types import ShardingPlan
+
+from raysys.data.reader import Position
+from raysys.errors import UserError
+from raysys.hashed_folder import MANIFEST
+from raysys.nn.collectives import rank, world_size
+from raysys.train.best import BestSoFar
+from raysys.train.checkpoint import checkpoint_path, latest_intact, remove_old
+from raysys.train.evaluate import Evaluation, evaluate
+from raysys.train.guard import StepGuard, Verdict
+from raysys.train.job import step_seed
+from raysys.train.launch import Worker
+from raysys.train.optimizers import build_optimizers
+from raysys.train.sharding import shard, unwrap
+from raysys.train.state import load_state, save_state
+from raysys.train.stream import BatchStream
+from raysys.train.timing import StepTimer, TimedOptimizer
+from raysys.train.window import Window
+
+
+class NonFiniteLossError(UserError):
+    """A loss became NaN or infinite; raised on all ranks at the same step, before anything is saved."""
+
+
+class TrainLoop:
+    """One worker's run. Every rank decides alike, because decisions follow from all-reduced metrics and flags."""
+
+    def __init__(self, worker: Worker, plan: ShardingPlan) -> None:
+        self.job, self.settings, self.device = worker.job, worker.job.train, worker.device
+        self.emit, self._stop_wanted = worker.emit, worker.stop_wanted
+        job, settings = self.job, self.settings
+        self.reader = job.reader(job.log("train"), training=True, rank=rank(), world_size=world_size())
+        self.total_steps = total_steps(self.reader.steps_per_epoch, self.settings.epochs, self.settings.max_steps)
+        self.model = shard(
+            job.train_step("meta"),
+            plan,
+            self.device,
+            settings.optimizers,
+            seed=job.seed,
+            dense_parallel=settings.sharding.dense_parallel,
+        )
+        self.optimizers = build_optimizers(self.model, settings.optimizers, self.total_steps)
+        self.step, self.position = 0, Position()
+        self.best = BestSoFar(self.settings.early_stopping, job.schema)
+        self.timer = StepTimer()
+        self._guard = StepGuard()
+        self._window = Window(job.schema, self.timer)
+
+    def run(self) -> str:
+        """Train, save the last checkpoint and return how it ended: finished, early_stopped or interrupted."""
+        self.restore()
+        status = self._run_steps()
+        self.save(status)
+        return status
+
+    def _run_steps(self) -> str:
+        stream = BatchStream(self.reader, self.position, self.settings.epochs, self.timer)
+        pipeline = self._make_pipeline()
+        self.model.train()
+        while self.step < self.total_steps:
+            step_seed(self.job.seed, rank(), self.step)
+            outputs = pipeline.progress(stream)
+            batch, self.position = stream.trained()
+            self.step += 1
+            self._window.update(outputs)
+            stop = self._check(self._guard.submit(self.step, outputs["losses"], self._stop_wanted(), batch))
+            if stop:
+                return "interrupted"
+            if self.step % self.settings.log_every == 0:
+                self._log()
+            if self._evaluation_due() and self._evaluate(pipeline):
+                return "early_stopped"
+            if self._due(self.settings.checkpoint.every_steps):
+                self.save("interval")
+        return "finished"
+
+    def restore(self) -> None:
+        """Continue from the newest intact checkpoint of this run, or else from the one that the job names."""
+        path = latest_intact(self.job.checkpoints, self._warn) or self.job.resume
+        if path is not None:
+            state = load_state(path, self)
+            self.step, self.position = state["step"], Position.from_dict(state["position"])
+            self.best.restore(state["best"])
+            self.emit({"event": "resumed", "step": self.step, "path": str(path)})
+
+    def save(self, reason: str) -> Path:
+        """Write a checkpoint of this step unless it exists, and delete those that are no longer kept."""
+        self._check(self._guard.settle())
+        path = checkpoint_path(self.job.checkpoints, self.step)
+        if (path / MANIFEST).exists():
+            return path
+        started = time.perf_counter()
+        size = save_state(path, self)
+        if rank() == 0:
+            remove_old(self.job.checkpoints, self.settings.checkpoint.keep, self.best.path(self.job.checkpoints))
+        seconds = time.perf_counter() - started
+        self.emit(
+            {
+                "event": "checkpoint",
+                "step": self.step,
+                "path": str(path),
+                "bytes": size,
+                "seconds": seconds,
+                "reason": reason,
+            }
+        )
+        self.timer.skip()
+        return path
+
+    def evaluate(self, split: str, **options: Any) -> Evaluation:
+        """Metrics of one split with the current weights, the same on every rank."""
+        self.model.eval()
+        evaluation = evaluate(unwrap(self.model).model, self.job, split, self.device, **options)
+        self.model.train()
+        self.emit({"event": "evaluation", "step": self.step, "epoch": self.position.epoch, **evaluation.event()})
+        self.timer.skip()
+        return evaluation
+
+    def _evaluate(self, pipeline: TrainPipelineBase | TrainPipelineSparseDist) -> bool:
+        """Evaluate the validation split, keep the best checkpoint; True where patience has run out."""
+        if isinstance(pipeline, TrainPipelineSparseDist):
+            pipeline.detach()  # it has replaced the forward of the sharded tables
+        if self.best.update(self.evaluate("valid").tasks, self.step):
+            self.save("best")
+        if isinstance(pipeline, TrainPipelineSparseDist):
+            pipeline.attach()
+        return self.best.patience_is_over
+
+    def _make_pipeline(self) -> TrainPipelineBase | TrainPipelineSparseDist:
+        optimizer = TimedOptimizer(self.optimizers, self.timer, first_step=self.step)
+        self.model.register_forward_pre_hook(lambda *_: self.timer.mark("copy"))
+        self.model.register_forward_hook(lambda *_: self.timer.mark("forward"))
+        kind = self.settings.pipeline
+        if kind == "sparse_dist" or (kind == "auto" and self.device.type == "cuda"):
+            return TrainPipelineSparseDist(self.model, optimizer, self.device, execute_all_batches=True)
+        return TrainPipelineBase(self.model, optimizer, self.device)
+
+    def _check(self, verdict: Verdict | None) -> bool:
+        """Whether to stop; raises where a loss was not finite, with the batch saved."""
+        if verdict is None or not verdict.not_finite:
+            return verdict is not None and verdict.stop
+        path = self.job.folder / f"not_finite_step_{verdict.step}_rank_{rank()}.pt"
+        torch.save(self._guard.batch, path)
+        raise NonFiniteLossError(
+            f"step {verdict.step}: {', '.join(verdict.not_finite)} is not finite; the batch is in {path}",
+            "lower train.optimizers.*.learning_rate or clip gradients (train.optimizers.clip); no checkpoint was written",
+        )
+
+    def _log(self) -> None:
+        self.emit(
+            {
+                "event": "step",
+                "step": self.step,
+                "epoch": self.position.epoch,
+                "learning_rates": self.optimizers.learning_rates(),
+                **self._window.take(self.total_steps - self.step),
+            }
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """Medians over the step events: rows per second, and the seconds of a step by phase."""
+        return self._window.summary()
+
+    def _evaluation_due(self) -> bool:
+        if not self.job.has_split("valid"):
+            return False
+        if self.settings.evaluate_every is not None:
+            return self._due(self.settings.evaluate_every)
+        return self.position.step == self.reader.steps_per_epoch or self.step == self.total_steps
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.step % every == 0
+
+    def _warn(self, message: str) -> None:
+        self.emit({"event": "warning", "step": self.step, "message": message})
+
+
+def total_steps(steps_per_epoch: int, epochs: int, max_steps: int | None) -> int:
+    """The steps of a whole run."""
+    steps = steps_per_epoch * epochs
+    return steps if max_steps is None else min(steps, max_steps)

@@ -1,0 +1,69 @@
+"""The settings of a training run: the `train` and `trainer` groups of the config, typed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from raysys.train.checkpoint import CheckpointSettings
+from raysys.train.optimizers import OptimizerSettings
+from raysys.train.plan import ShardingSettings
+
+Pipeline = Literal["auto", "base", "sparse_dist"]
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """Stop after `patience` evaluations of the validation split without a better `metric` of `task` (None: the first)."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+    metric: Literal["ne", "log_loss", "auc", "gauc", "rmse", "mae"] = "ne"
+    task: str | None = None
+    patience: int = 2
+
+    @property
+    def larger_is_better(self) -> bool:
+        """Whether the metric grows with quality."""
+        return self.metric in ("auc", "gauc")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """One run of the train loop; `batch_size` counts the rows of a step over all workers."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+    batch_size: int = 2048
+    epochs: int = 1
+    max_steps: int | None = None
+    log_every: int = 20
+    evaluate_every: int | None = None
+    evaluation_batch_size: int = 8192
+    slices: tuple[str, ...] = ()
+    calibration: Literal["none", "platt", "isotonic"] = "none"
+    pipeline: Pipeline = "auto"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    early_stopping: EarlyStopping | None = None
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    optimizers: OptimizerSettings = field(default_factory=OptimizerSettings)
+    sharding: ShardingSettings = field(default_factory=ShardingSettings)
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """Where the workers run: `local` is the calling process (one rank, no Ray), `ray` is Ray Train.
+
+    hang_timeout_s: a worker that neither steps nor answers for so long is taken for hung and the group is restarted.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+    kind: Literal["local", "ray"] = "local"
+    workers: int = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    cpus_per_worker: float = 1.0
+    max_failures: int = 3
+    hang_timeout_s: float = 120.0
+    start_timeout_s: float = 120.0
+    address: str | None = None

@@ -1,0 +1,36 @@
+"""All epochs of a reader as one iterator that knows which batch was trained last."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+from raysys.data.batch import Batch
+from raysys.data.reader import Position, Reader
+from raysys.train.timing import StepTimer
+
+
+class BatchStream(Iterator[Batch]):
+    """Batches from a position on. Pipelines take batches ahead; `trained` says where the finished ones ended."""
+
+    def __init__(self, reader: Reader, start: Position, epochs: int, timer: StepTimer) -> None:
+        self._source = _read(reader, start, epochs)
+        self._taken: deque[tuple[Batch, Position]] = deque()
+        self._timer = timer
+
+    def __next__(self) -> Batch:
+        self._timer.mark("other")
+        batch, position = next(self._source)
+        self._taken.append((batch, position))
+        self._timer.mark("read")
+        return batch
+
+    def trained(self) -> tuple[Batch, Position]:
+        """The oldest batch taken, which the pipeline has just finished, and the position after it."""
+        return self._taken.popleft()
+
+
+def _read(reader: Reader, start: Position, epochs: int) -> Iterator[tuple[Batch, Position]]:
+    yield from reader.epoch(start)
+    for epoch in range(start.epoch + 1, epochs):
+        yield from reader.epoch(Position(epoch=epoch))

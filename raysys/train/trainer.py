@@ -1,0 +1,144 @@
+"""The driver of a run: everything is checked before a worker starts, and the record is true at every moment."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from raysys.config import Config
+from raysys.data.log import split_path
+from raysys.data.transforms import Transforms
+from raysys.errors import UserError
+from raysys.models.flops import flops_per_row
+from raysys.schema import FeatureSchema
+from raysys.train.checkpoint import list_checkpoints, verify_checkpoint
+from raysys.train.conclude import Outcome, train_worker
+from raysys.train.job import Job, choose_device
+from raysys.train.launch import launch
+from raysys.train.loop import total_steps
+from raysys.train.plan import TablePlan, plan_table, plan_tables
+from raysys.train.record import RunRecord, config_hash, read_record
+from raysys.train.size import parameter_counts
+
+Listener = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that can start: its data is readable, its model builds, its tables fit."""
+
+    job: Job
+    plan: TablePlan
+    facts: dict[str, Any]
+    """The fields of the run_started event."""
+
+
+def prepare(config: Config) -> Prepared:
+    """Check data, config, model and plan on the driver; nothing is written yet. Raises UserError."""
+    folder, resume = _run_folder(config)
+    data = config["data"]["folder"]
+    schema = FeatureSchema.load(Path(data) / "schema.yaml")
+    job = Job(config, schema, _transforms(config, schema, folder), folder, resume)
+    settings, trainer = job.train, job.trainer
+    world_size = 1 if trainer.kind == "local" else trainer.workers
+    device = choose_device(trainer.device).type
+    log = job.log("train")
+    reader = job.reader(log, training=True, rank=0, world_size=world_size)
+    if settings.early_stopping is not None and not job.has_split("valid"):
+        raise UserError(
+            f"train.early_stopping needs a validation split, and {data} has none",
+            "add valid.parquet, or set train.early_stopping=null",
+        )
+    if job.has_split("valid"):
+        job.log("valid")
+    step = job.train_step("meta")
+    plan = plan_tables(step, world_size, device, reader.local_batch_size, settings.sharding, settings.optimizers)
+    facts = {
+        "run_id": folder.name,
+        "config": config,
+        "schema": schema.to_dict(),
+        "world_size": world_size,
+        "device": device,
+        "tasks": list(schema.tasks),
+        "parameters": parameter_counts(step),
+        "bytes_per_rank": plan.bytes_per_rank(),
+        "flops_per_row": flops_per_row(job.build_model, schema),
+        "steps_per_epoch": reader.steps_per_epoch,
+        "rows_per_epoch": log.num_rows,
+        "total_steps": total_steps(reader.steps_per_epoch, settings.epochs, settings.max_steps),
+    }
+    return Prepared(job, plan, facts)
+
+
+def fit(prepared: Prepared, listeners: Sequence[Listener]) -> Outcome:
+    """Train to the end. Listeners get every event in order; `run.json` says how it went, also when it went wrong."""
+    job, facts = prepared.job, prepared.facts
+    job.folder.mkdir(parents=True, exist_ok=True)
+    job.transforms.save(job.folder / "transforms")
+    job.schema.save(job.folder / "schema.yaml")
+    keys = ("world_size", "device", "parameters", "bytes_per_rank", "flops_per_row")
+    record = RunRecord(job, **{key: facts[key] for key in keys})
+
+    def emit(event: dict[str, Any]) -> None:
+        for listener in listeners:
+            listener({"time": time.time(), **event})
+
+    emit({"event": "run_started", **facts})
+    emit({"event": "plan", "tables": plan_table(prepared.plan)})
+    started = time.monotonic()
+    try:
+        outcome = launch(job, partial(train_worker, plan=prepared.plan), emit)
+    except BaseException as error:
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        message = error.message if isinstance(error, UserError) else str(error) or type(error).__name__
+        record.update(status=status, finished=time.time(), message=message)
+        emit({"event": "run_finished", "status": status, "seconds": time.monotonic() - started, "message": message})
+        raise
+    record.update(finished=time.time(), **vars(outcome))
+    finished = {"status": outcome.status, "step": outcome.step, "seconds": time.monotonic() - started, "message": ""}
+    emit({"event": "run_finished", **finished})
+    return outcome
+
+
+def _run_folder(config: Config) -> tuple[Path, Path | None]:
+    """The folder of this run, and the checkpoint of another run that it starts from.
+
+    `resume: auto` takes up the newest unfinished run of the same config, `none` starts a run, a path starts a run from
+    that checkpoint.
+    """
+    runs, resume, run_id = Path(config["runs_folder"]), config["resume"], config["run_id"]
+    if resume == "auto" and run_id is None:
+        unfinished = [path for path in runs.glob("*/run.json") if _takes_up(path.parent, config)]
+        if unfinished:
+            return max(unfinished, key=lambda path: path.stat().st_mtime).parent, None
+    folder = runs / (run_id or f"{config['name']}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if resume != "auto" and list_checkpoints(folder / "checkpoints"):
+        raise UserError(f"run {folder} exists already", "give it another run_id, or continue it with resume=auto")
+    if resume in ("auto", "none"):
+        return folder, None
+    verify_checkpoint(Path(resume))
+    return folder, Path(resume)
+
+
+def _takes_up(folder: Path, config: Config) -> bool:
+    record = read_record(folder)
+    return (
+        record is not None
+        and record["config_hash"] == config_hash(config)
+        and record["status"] in ("running", "interrupted", "failed")
+    )
+
+
+def _transforms(config: Config, schema: FeatureSchema, folder: Path) -> Transforms:
+    """Those of the run where it is taken up, or else fitted on the training split."""
+    from raysys.data.log import ParquetLog
+
+    if (folder / "transforms").exists():
+        return Transforms.load(folder / "transforms")
+    return Transforms.fit(
+        schema, ParquetLog(split_path(config["data"]["folder"], "train"), schema), seed=config["seed"]
+    )
