@@ -17,9 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from raysys.errors import UserError
-from raysys.report.events import to_plain
 from raysys.report.format import ABSENT, METRICS, SPLITS, count, in_order, metric_title, number
 from raysys.report.record import RunRecord, load_record
+from raysys.strict_json import to_plain
 
 NOT_SET = "(not set)"
 """Stands for a config key that only the other run has."""

@@ -17,32 +17,16 @@ Writers may be killed in the middle of a line, so readers skip a line that is no
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from raysys.strict_json import to_plain
+
 Event = dict[str, Any]
 
 _TAIL_BYTES = 1 << 16
-
-
-def to_plain(value: Any) -> Any:
-    """`value` as strict JSON can hold it: arrays and tensors as lists, NaN and infinities as None, keys as text."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, dict):
-        return {str(key): to_plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if hasattr(value, "tolist"):  # NumPy scalars and arrays, and tensors
-        return to_plain(value.tolist())
-    raise TypeError(f"an event cannot hold {type(value).__name__}: {value!r}")
 
 
 class EventWriter:

@@ -11,9 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from raysys.errors import UserError
-from raysys.report.events import EventTail, last_event, to_plain
+from raysys.report.events import EventTail, last_event
 from raysys.report.format import ABSENT, compact, duration, metric_title, moment, number, timestamp
 from raysys.report.record import read_run_json, run_status
+from raysys.strict_json import to_plain
 
 _SHOWN_SPLITS = ("test", "valid", "train")
 _STATUS_STYLES = {

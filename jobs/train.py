@@ -1,0 +1,55 @@
+"""Train a model: `python jobs/train.py model=dlrm train.epochs=2`, or through `ray job submit` with trainer=ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from raysys.config import Config, instantiate, run_job
+from raysys.report.events import EventWriter
+from raysys.report.html import write_report
+from raysys.report.progress import Progress
+from raysys.report.summary import print_dry_run, print_start, print_summary
+from raysys.report.tensorboard import TensorBoard
+from raysys.train.export import export_run
+from raysys.train.plan import format_plan
+from raysys.train.record import read_record
+from raysys.train.size import estimate_seconds
+from raysys.train.trainer import Prepared, fit, prepare
+
+
+def main(config: Config) -> None:
+    """Prepare the data where it is missing, train, export the bundle and write the report."""
+    console = Console()
+    if config["data"].get("prepare") and not Path(config["data"]["folder"]).exists():
+        console.print(f"preparing {config['data']['folder']}")
+        instantiate(config["data"]["prepare"])
+    prepared = prepare(config)
+    print_start(prepared.facts, format_plan(prepared.plan), console)
+    if config["dry_run"]:
+        facts, settings = prepared.facts, prepared.job.trainer
+        rows = facts["total_steps"] * prepared.job.train.batch_size
+        threads = int(facts["world_size"] * settings.cpus_per_worker)
+        print_dry_run(facts, estimate_seconds(facts["flops_per_row"], rows, threads), console)
+        return
+    train(prepared, console)
+
+
+def train(prepared: Prepared, console: Console) -> None:
+    """Run the prepared job; its report is written whatever happens."""
+    folder = prepared.job.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with Progress() as progress, TensorBoard(folder / "tensorboard") as tensorboard:
+            listeners = [EventWriter(folder / "events.jsonl").write, progress.update, tensorboard.update]
+            outcome = fit(prepared, listeners)
+        if outcome.status != "interrupted":
+            export_run(folder)
+    finally:
+        report = write_report(folder)
+    print_summary(folder, read_record(folder) or {}, report, console)
+
+
+if __name__ == "__main__":
+    run_job(main, "train", __doc__)

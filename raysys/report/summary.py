@@ -1,0 +1,56 @@
+"""What a training job prints before it starts and when it has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from raysys.report.format import compact, count, duration, number, size
+
+
+def print_start(facts: Mapping[str, Any], plan: str, console: Console) -> None:
+    """The size of the run and its sharding plan; `facts` are the fields of the run_started event."""
+    parameters = facts["parameters"]
+    console.print(
+        f"[bold]{facts['run_id']}[/]: {count(facts['world_size'])} worker(s) on {facts['device']}, "
+        f"{compact(parameters['sparse'])} parameters in tables, {compact(parameters['dense'])} in the dense part"
+    )
+    console.print(plan, highlight=False)
+
+
+def print_dry_run(facts: Mapping[str, Any], seconds: float, console: Console) -> None:
+    """What a run would take, in place of the run. seconds: the estimate of its dense arithmetic alone."""
+    table = Table(show_header=False, box=None)
+    table.add_row("bytes per worker", ", ".join(size(value) for value in facts["bytes_per_rank"]))
+    table.add_row("forward FLOPs per row", count(facts["flops_per_row"]))
+    table.add_row("rows per epoch", count(facts["rows_per_epoch"]))
+    table.add_row("steps", count(facts["total_steps"]))
+    table.add_row("time, at least", f"{duration(seconds)} (dense arithmetic; reading and look-ups come on top)")
+    console.print(table)
+    console.print("dry run: nothing was trained")
+
+
+def print_summary(folder: Path, record: Mapping[str, Any], report: Path, console: Console) -> None:
+    """Metrics by split and task, where things are, and what to do next; `record` is the content of run.json."""
+    table = Table("split", "task", "AUC", "NE", "log-loss", "RMSE", "rows", box=None, header_style="bold")
+    for split, tasks in record.get("metrics", {}).items():
+        for task, metrics in tasks.items():
+            figures = [number(metrics.get(key)) if key in metrics else "" for key in ("auc", "ne", "log_loss", "rmse")]
+            table.add_row(split, task, *figures, count(metrics.get("rows")))
+    console.print()
+    console.print(f"[bold]{folder.name}[/] {record['status'].replace('_', ' ')} at step {count(record['step'])}")
+    console.print(table)
+    for name, path in (("report", report), ("bundle", folder / "bundle"), ("checkpoint", Path(record["checkpoint"]))):
+        if path.exists():
+            console.print(f"{name:<11}{path}", highlight=False, soft_wrap=True)
+    console.print("\nnext:")
+    for command in (
+        f"tensorboard --logdir {folder / 'tensorboard'}",
+        "raysys runs",
+        f"python jobs/predict.py run={folder} input=LOG.parquet output=scores",
+    ):
+        console.print(f"  {command}", highlight=False, soft_wrap=True)
