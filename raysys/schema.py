@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -158,6 +157,11 @@ class FeatureSchema:
         return tuple(feature for sequence in self.sequences for feature in sequence.features)
 
     @property
+    def id_features(self) -> tuple[SparseFeature | SequenceFeature, ...]:
+        """All features that an embedding table stands behind."""
+        return (*self.sparse, *self.sequence_features)
+
+    @property
     def unweighted(self) -> tuple[SparseFeature, ...]:
         """The sparse features of `Batch.sparse`."""
         return tuple(feature for feature in self.sparse if feature.weights is None)
@@ -173,7 +177,7 @@ class FeatureSchema:
 
     def encoding(self, table: str) -> Encoding:
         """The one encoding of all features of a table."""
-        return next(feature.encoding for feature in _id_features(self) if feature.table == table)
+        return next(feature.encoding for feature in self.id_features if feature.table == table)
 
     def columns(self, labels: bool = True) -> list[str]:
         """The columns to read, in schema order, each once; `labels=False` for scoring logs that have none."""
@@ -247,11 +251,6 @@ class FeatureSchema:
         return cls.from_dict(content, source=str(path))
 
 
-def _id_features(schema: FeatureSchema) -> Iterator[SparseFeature | SequenceFeature]:
-    yield from schema.sparse
-    yield from schema.sequence_features
-
-
 def _list(content: dict[str, Any], key: str, where: str) -> list[Any]:
     items = content.get(key) or []
     if not isinstance(items, list):
@@ -284,7 +283,7 @@ def _validate(schema: FeatureSchema) -> None:
     _check_unique(schema)
     tables = {table.name for table in schema.tables}
     encodings: dict[str, str] = {}
-    for feature in _id_features(schema):
+    for feature in schema.id_features:
         if feature.table not in tables:
             raise UserError(
                 f"{schema.source}: feature {feature.name!r} names table {feature.table!r}, which does not exist",
@@ -364,7 +363,7 @@ def _check_positive(schema: FeatureSchema, owner: str, key: str, value: Any) -> 
 
 def _check_unique(schema: FeatureSchema) -> None:
     groups: dict[str, list[str]] = {
-        "feature": [feature.name for feature in schema.dense] + [feature.name for feature in _id_features(schema)],
+        "feature": [feature.name for feature in schema.dense] + [feature.name for feature in schema.id_features],
         "sequence": [s.name for s in schema.sequences],
         "label": list(schema.tasks),
     }
