@@ -71,7 +71,7 @@ def run_probe(code: str, seconds: float = 120.0) -> Probe:
     try:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        return Probe(error=f"gave no answer within {seconds:.0f} s")
+        return Probe(error=f"gave no answer within {seconds:g} s")
     if done.returncode < 0:
         return Probe(error=f"ended the process with {signal.Signals(-done.returncode).name}")
     if done.returncode:
@@ -133,7 +133,7 @@ def check_stack(versions: Mapping[str, str], probes: Mapping[str, Probe], gpus: 
     if fbgemm_cpu and fbgemm_cuda:
         mend = "two builds of one module overwrite each other: delete .venv, then `make setup`"
         findings.append(Finding("stack", "fbgemm builds", "fbgemm-gpu and fbgemm-gpu-cpu are both installed", mend))
-    return findings + check_gpu(probes["torch"], gpus, fbgemm_cpu)
+    return findings + check_gpu(probes.get("torch", Probe(error="not installed")), gpus, fbgemm_cpu)
 
 
 def check_together(versions: Mapping[str, str], fbgemm: str) -> Finding | None:
@@ -216,8 +216,10 @@ def check_pins() -> list[Finding]:
 def diagnose() -> list[Finding]:
     """Everything, in the order of the report; takes as long as the slowest import (5 to 30 s)."""
     versions = installed_versions()
+    fbgemm = {"fbgemm-gpu", "fbgemm-gpu-cpu"} & set(versions)
+    present = [name for name in PROBES if name in versions or (name == "fbgemm" and fbgemm)]
     with ThreadPoolExecutor() as pool:
-        probes = dict(zip(PROBES, pool.map(run_probe, PROBES.values()), strict=True))
+        probes = dict(zip(present, pool.map(run_probe, map(PROBES.__getitem__, present)), strict=True))
     findings = check_stack(versions, probes, list_gpus()) + check_pins()
     return findings + check_machine(os.environ) + check_ray(os.environ, Path.home())
 

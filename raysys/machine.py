@@ -105,16 +105,18 @@ def reachable(address: str) -> bool:
 
 
 def check_token(environment: Mapping[str, str], home: Path) -> Finding:
-    """Ray's authentication: off, on, or half on (a head with a token file asks for it, a worker without the mode has none)."""
+    """Ray's authentication. `ray.init()` makes a token for a cluster of its own; heads of `ray start` ask for one that they find."""
     file = Path(environment.get("RAY_AUTH_TOKEN_PATH") or home / ".ray" / "auth_token")
     present = bool(environment.get("RAY_AUTH_TOKEN")) or file.exists()
     mode = environment.get("RAY_AUTH_MODE", "")
+    value, mend = f"RAY_AUTH_MODE={mode}: whoever reaches the ports of a cluster can run code there", None
     if mode == "token":
+        value = "RAY_AUTH_MODE=token" + (", token found" if present else "")
         mend = None if present else "no token is there: ray get-auth-token --generate"
-        return Finding("ray", "authentication", "RAY_AUTH_MODE=token" + (", token found" if present else ""), mend)
-    if present and not mode:
+    elif not mode and present:
         value = (
             "a token is there: `ray start --head` asks for it, so workers and `ray job submit` need RAY_AUTH_MODE=token"
         )
-        return Finding("ray", "authentication", value)
-    return Finding("ray", "authentication", f"off{f' (RAY_AUTH_MODE={mode})' if mode else ''}: keep its ports private")
+    elif not mode:
+        value = "no token yet: `ray get-auth-token --generate` before a cluster of several machines"
+    return Finding("ray", "authentication", value, mend)
