@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 STAMP = VENV / "raysys-setup.json"
 INPUTS = ("pyproject.toml", "constraints.txt", "jobs/install.py")
+GPU_DEVICE = Path("/dev/nvidia0")
 FBGEMM = "1.8.0"
 PYTHONS = ("3.11", "3.12", "3.13", "3.14", "3.10")  # best first: 3.11 is what the pins were tested with most
 PROBE = "import ensurepip, sys, venv; print('%d.%d' % sys.version_info[:2])"
@@ -75,7 +76,7 @@ def find_accelerator() -> str:
         if wanted not in ("cpu", "cuda"):
             raise SetupError(f"RAYSYS_ACCELERATOR={wanted!r} must be cpu or cuda")
         return wanted
-    if Path("/dev/nvidia0").exists():
+    if GPU_DEVICE.exists():
         return "cuda"
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=30)
@@ -141,7 +142,7 @@ def install(python: Path, accelerator: str, *options: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         fbgemm = f"fbgemm-gpu=={FBGEMM}" if accelerator == "cuda" else str(write_shim(Path(folder)))
         pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
-        command = [*pip, "install", "--quiet", *options, fbgemm, "--editable", f"{ROOT}[dev]"]
+        command = [*pip, "install", "-qq", *options, fbgemm, "--editable", f"{ROOT}[dev]"]
         run(command, "pip could not install the pinned stack (its own words stand above); the same command tries again")
         run([*pip, "check"], "pip check found packages that do not go together", quiet=True)
 
@@ -173,8 +174,8 @@ def setup() -> None:
         write_stamp(accelerator, complete="")
         make_venv(VENV, python)
     write_stamp(accelerator, complete="")
-    size = "1 GB; 1 to 3 minutes" if accelerator == "cpu" else "7 GB; 5 to 15 minutes"
-    print(f"installing the pinned stack for {accelerator} (about {size}, less from pip's cache)", flush=True)
+    size = "2 GB on disk, 2 to 5 minutes" if accelerator == "cpu" else "8 GB on disk, 5 to 15 minutes"
+    print(f"installing the pinned stack for {accelerator} (about {size})", flush=True)
     install(VENV / "bin" / "python", accelerator, "--constraint", "constraints.txt")
     write_stamp(accelerator, complete=wanted)
     print("set up; `.venv/bin/raysys doctor` tells about this machine", flush=True)
