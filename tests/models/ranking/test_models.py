@@ -1,0 +1,135 @@
+"""What holds for every ranking model."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from raysys.errors import UserError
+from raysys.models.ranking.dcn import DCNv2
+from raysys.models.ranking.dhen import DHEN
+from raysys.models.ranking.dlrm import DLRM
+
+ROOT = Path(__file__).parents[3]
+MODELS = {
+    "dlrm": lambda schema, **keys: DLRM(schema, embedding_dim=8, tower=(16, 8), bottom=(8,), **keys),
+    "dcnv2": lambda schema, **keys: DCNv2(schema, embedding_dim=8, rank=4, deep=(16, 8), bottom=(8,), **keys),
+    "dhen": lambda schema, **keys: DHEN(
+        schema, embedding_dim=8, layers=2, tokens_out=3, rank=4, hidden=(16,), bottom=(8,), tower=(16, 8), **keys
+    ),
+}
+
+
+@pytest.fixture(params=MODELS)
+def build(request):
+    return MODELS[request.param]
+
+
+def test_outputs_and_steps(build, schema, make_batch):
+    model, batch = build(schema).eval(), make_batch(schema, 5)
+    output = model(batch)
+    assert output.logits.shape == (5, 2)
+    assert output.hidden.shape == (5, 2, 8)
+    assert output.shared.shape[0] == 5
+    assert output.embedded.names == ("user_id", "genres", "item_id", "tags")
+    steps = model.predict(model.interact(model.embed(batch)))
+    assert torch.equal(steps.logits, output.logits)
+    assert steps.embedded is None
+
+
+def test_one_task_and_single_ids_only(build, plain_schema, make_batch):
+    assert build(plain_schema)(make_batch(plain_schema, 5)).logits.shape == (5, 1)
+
+
+def test_every_parameter_gets_a_gradient(build, schema, make_batch):
+    model = build(schema)
+    model(make_batch(schema, 64)).logits.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_rows_do_not_see_each_other_nor_padding(build, schema, make_batch):
+    model, batch = build(schema).eval(), make_batch(schema, 6)
+    logits = model(batch).logits
+    torch.testing.assert_close(model(make_batch(schema, 6, padding=3)).logits[:6], logits)
+    other = dataclasses.replace(batch, dense=batch.dense.clone())
+    other.dense[3:] += 100
+    changed = model(other).logits
+    torch.testing.assert_close(changed[:3], logits[:3])
+    assert not torch.allclose(changed[3:], logits[3:])
+
+
+def test_same_seed_same_model_on_every_device(build, schema):
+    torch.rand(7)
+    first, second, meta = build(schema, seed=1), build(schema, seed=1), build(schema, seed=1, device="meta")
+    other = build(schema, seed=2)
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
+        on_meta = meta.state_dict()[name]
+        assert on_meta.is_meta or torch.equal(value, on_meta), name
+        assert on_meta.is_meta == any(part in name for part in (".embedding_bags.", ".ids_4.", ".ids_8.")), name
+    weights = [name for name, value in first.state_dict().items() if value.std() > 0]
+    constant = ("norm.weight", ".target.weight")
+    for name in weights:
+        if not name.endswith(constant):
+            assert not torch.equal(first.state_dict()[name], other.state_dict()[name]), name
+
+
+def test_building_a_model_leaves_the_global_generator_alone(build, schema):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    build(schema)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_state_dict_round_trip(build, schema, make_batch):
+    first, second, batch = build(schema, seed=1).eval(), build(schema, seed=2).eval(), make_batch(schema, 5)
+    assert not torch.equal(first(batch).logits, second(batch).logits)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first(batch).logits, second(batch).logits)
+
+
+def test_dropout_acts_in_training_only(build, schema, make_batch):
+    model, batch = build(schema, dropout=0.5), make_batch(schema, 5)
+    assert not torch.equal(model(batch).logits, model(batch).logits)
+    model.eval()
+    assert torch.equal(model(batch).logits, model(batch).logits)
+
+
+@pytest.mark.parametrize("pooling", ["none", "mean", "attention", "both"])
+def test_histories_matter_unless_left_out(build, schema, make_batch, pooling):
+    model, batch = build(schema, sequence_pooling=pooling).eval(), make_batch(schema, 20)
+    other = dataclasses.replace(batch, sequences=make_batch(schema, 20, seed=1).sequences)
+    assert torch.equal(model(batch).logits, model(other).logits) == (pooling == "none")
+
+
+def test_autocast_runs_in_bfloat16(build, schema, make_batch):
+    model, batch = build(schema), make_batch(schema, 8)
+    full = model(batch).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(batch).logits
+    half.float().sum().backward()
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), full, rtol=0.1, atol=0.1)
+
+
+def test_a_schema_without_labels_is_an_error(build, plain_schema):
+    with pytest.raises(UserError, match="a ranking model needs a label"):
+        build(dataclasses.replace(plain_schema, labels=()))
+
+
+@pytest.mark.parametrize("name", ["dlrm", "dcnv2", "dhen"])
+def test_configs_name_every_key_with_its_default(name):
+    config = yaml.safe_load((ROOT / f"configs/model/{name}.yaml").read_text())
+    model = {"dlrm": DLRM, "dcnv2": DCNv2, "dhen": DHEN}[name]
+    assert config.pop("_target_") == f"{model.__module__}.{model.__name__}"
+    keys = inspect.signature(model).parameters
+    defaults = {key: value.default for key, value in keys.items() if key not in ("schema", "seed", "device")}
+    assert config == {key: list(value) if isinstance(value, tuple) else value for key, value in defaults.items()}
