@@ -60,7 +60,8 @@ class Evaluator:
     def update(self, logits: Tensor, batch: Batch) -> None:
         """Add the rows of one batch; logits [B, T] in the order of the schema's labels."""
         ids = torch.stack([batch.example_id, batch.group_id, *(slice_ids(batch, name) for name in self._slices)], 1)
-        values = torch.cat([logits.detach().float(), batch.labels.float(), batch.weight.float()], 1)
+        scores = logits.detach().float().to(batch.labels.device)
+        values = torch.cat([scores, batch.labels.float(), batch.weight.float()], 1)
         ids, values = ids.cpu(), values.cpu()
         real = ids[:, 0] != _PADDING
         self._ids.append(ids[real])
