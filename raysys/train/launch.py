@@ -46,7 +46,7 @@ def launch(job: Job, work: Callable[[Worker], T], emit: Emit) -> T:
     """Run `work` on every rank, where the trainer settings say, and return what it returned on rank 0.
 
     SIGTERM, or a file named `stop` in the run folder, makes `stop_wanted` true. Raises UserError for what a user can mend,
-    on whichever rank it happened, and RuntimeError when workers kept failing.
+    on whichever rank it happened, and for workers that kept failing.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     for name in (STOP_FILE, FAILURE_FILE):
@@ -96,7 +96,7 @@ def _on_ray(job: Job, work: Callable[[Worker], T], emit: Emit) -> T:
         try:
             outcome = trainer.fit().return_value
         except Exception as error:
-            raise _failure(job.folder) or RuntimeError(f"the workers failed: {error}") from error
+            raise _failure(job.folder) or _workers_failed(error, settings.max_failures) from error
     if isinstance(outcome, UserError):
         raise outcome
     return outcome
@@ -132,6 +132,15 @@ def _failure(folder: Path) -> UserError | None:
     """The user's error that a worker has left, if any."""
     path = folder / FAILURE_FILE
     return UserError(**json.loads(path.read_text())) if path.exists() else None
+
+
+def _workers_failed(error: Exception, max_failures: int) -> UserError:
+    """The last line of what Ray says, which names the error; its wall of tracebacks is for --debug."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return UserError(
+        f"the workers failed, also after {max_failures} restarts: {lines[-1] if lines else type(error).__name__}",
+        "--debug shows the whole traceback; resume=auto continues from the last checkpoint",
+    )
 
 
 def _resources(job: Job) -> dict[str, float]:
