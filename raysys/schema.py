@@ -247,7 +247,7 @@ class FeatureSchema:
                 f"{path}: no such schema", hint="make a first one with: raysys schema LOG.parquet"
             ) from None
         except yaml.YAMLError as error:
-            raise UserError(f"{path}: not valid YAML: {error}") from None
+            raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
         return cls.from_dict(content, source=str(path))
 
 
