@@ -64,7 +64,10 @@ def _scalar_kind(kind: pa.DataType) -> Kind:
         "integer": types.is_integer(kind) and not types.is_uint64(kind),
         "number": types.is_floating(kind) or types.is_decimal(kind),
         "string": types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind),
-        "binary": types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind),
+        "binary": types.is_binary(kind)
+        or types.is_large_binary(kind)
+        or types.is_fixed_size_binary(kind)
+        or types.is_binary_view(kind),
         "time": types.is_timestamp(kind) or types.is_date(kind),
     }
     return next((name for name, holds in checks.items() if holds), "other")
@@ -85,20 +88,25 @@ def agree(found: str, known: str) -> bool:
 
 
 def whole(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """One array from the chunks of a table's column, without a copy where there is one chunk; dictionaries are decoded."""
+    """One array from the chunks of a table's column, without a copy where there is one chunk and a plain type."""
     if isinstance(column, pa.ChunkedArray):
         column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-    return _decoded(column)
+    return _plain(column)
 
 
-def _decoded(array: pa.Array) -> pa.Array:
-    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+def _plain(array: pa.Array) -> pa.Array:
+    """Without dictionaries and views, which few of Arrow's functions take."""
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    if pa.types.is_string_view(array.type) or pa.types.is_binary_view(array.type):
+        array = text(array)
+    return array
 
 
 def flatten(column: pa.Array) -> tuple[pa.Array, NDArray[np.int64]]:
     """The elements of a list column and the length of each list; a null list is an empty one."""
     lengths = pc.fill_null(pc.list_value_length(column), 0)
-    return _decoded(column.flatten()), lengths.to_numpy(zero_copy_only=False).astype(np.int64)
+    return _plain(column.flatten()), lengths.to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:

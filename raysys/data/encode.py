@@ -125,7 +125,7 @@ def _weights(column: pa.Array, name: str, source: Source) -> NDArray[np.float64]
 def encode_row_ids(
     columns: Columns, schema: FeatureSchema, num_rows: int, source: Source
 ) -> dict[str, NDArray[np.int64]]:
-    """`example_id` (else the row number in the log), `group_id` and `time` (else 0), [n] each."""
+    """`example_id` (else the row number in the log), `group_id` and `time` (else 0), [n] each; a null group is 0."""
     rows = {
         "example_id": source.log_row + np.arange(num_rows),
         "group_id": np.zeros(num_rows, np.int64),
@@ -134,7 +134,8 @@ def encode_row_ids(
     for role in rows:
         name = getattr(schema, role)
         if name is not None and name in columns:
-            _require_values(columns[name], name, role, source)
+            if role != "group_id":
+                _require_values(columns[name], name, role, source)
             convert = {"example_id": integers, "group_id": _group_ids, "time": seconds}[role]
             rows[role] = convert(columns[name])
     if (rows["example_id"] == -1).any():
@@ -144,9 +145,11 @@ def encode_row_ids(
 
 
 def _group_ids(column: pa.Array) -> NDArray[np.int64]:
-    if is_text(column):
-        return (hash_strings(text(column)) >> np.uint64(1)).view(np.int64)  # 63 bits: not negative
-    return integers(column)
+    if not is_text(column):
+        return integers(column)
+    groups, valid = np.zeros(len(column), np.int64), column.is_valid().to_numpy(zero_copy_only=False)
+    groups[valid] = (hash_strings(text(column.drop_null())) >> np.uint64(1)).view(np.int64)  # 63 bits: not negative
+    return groups
 
 
 def encode_extra(column: pa.Array, extra: ExtraColumn, source: Source) -> NDArray[Any]:

@@ -39,7 +39,7 @@ class ParquetLog:
     roles take, that there are rows, and that each label has a value somewhere. `labels=False` is for logs to be scored.
     """
 
-    def __init__(self, path: str, schema: FeatureSchema, labels: bool = True) -> None:
+    def __init__(self, path: str | Path, schema: FeatureSchema, labels: bool = True) -> None:
         self.path = str(path)
         self.schema = schema
         self.labels = labels

@@ -170,7 +170,11 @@ def _array(name: str, values: list[Any], is_time: bool) -> pa.Array:
     if is_time:
         values = [_parse_time(value) if isinstance(value, str) else value for value in values]
     try:
-        return pa.array(values)
+        try:
+            return pa.array(values)
+        except OverflowError:  # integers beyond 2**63, alone or in lists
+            lists = any(isinstance(value, list) for value in values)
+            return pa.array(values, pa.list_(pa.uint64()) if lists else pa.uint64())
     except (pa.ArrowException, OverflowError) as error:
         raise UserError(f"rows: column {name!r} has values of different types: {error}") from error
 
