@@ -143,6 +143,11 @@ def test_dot_without_compression_uses_the_products_only(x):
     torch.testing.assert_close(module(-x), module(x))  # products do not see the sign
 
 
+def test_dot_without_hidden_layers_is_linear_in_the_products(x):
+    module = DotInteraction(M, D, L, compress=0, hidden=(), activation_name="silu")
+    torch.testing.assert_close(module(x).flatten(1), module.dots(x) @ module.output.weight.t())
+
+
 def test_conv_equals_its_formula(x):
     module = MODULES["conv"](M, L)
     planes = torch.nn.functional.silu(

@@ -97,7 +97,7 @@ class DHEN(RankingModel):
     tokens_out: tokens that each module gives, one number or a number per module; equal unless the ensemble is concat.
     norm: LayerNorm over a token's columns after each layer. dropout: of each ensemble's output and of the towers.
     rank: of dcn. heads, d_ff (None is 2D): of self_attention. conv_channels, conv_kernel: of conv.
-    dot_compress: columns c of dot's X W_c. hidden: widths of the MLPs in dot and mlp. activation: everywhere.
+    dot_compress: columns c of dot's X W_c. hidden: widths of the MLPs in dot and mlp, none for a linear map. activation: everywhere.
     The other arguments are those of `RankingModel`.
     """
 
