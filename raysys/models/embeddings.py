@@ -69,7 +69,7 @@ class Embeddings(nn.Module):
             pooled.append(self.weighted_bags(batch.weighted))
         if self.id_collections:
             sources = [getattr(batch, name) for name in self.id_sources]
-            joined = sources[0] if self.id_sources == ["sequences"] else self.joined_ids(*sources)
+            joined = sources[0] if len(sources) == 1 else self.joined_ids(*sources)
             ids = [getattr(self, name)(joined) for name in self.id_collections]
             weighted = batch.weighted if "weighted" in self.id_sources else None
         return self.assembly(pooled, ids, weighted, batch.dense)
