@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +20,22 @@ from raysys.schema import FeatureSchema
 from raysys.train.settings import TrainerSettings, TrainSettings
 from raysys.train.step import TrainStep
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _NEVER = -1, -3, 2**31 - 1  # of glibc's malloc.h
+
 
 @dataclass(frozen=True)
 class Job:
-    """A resolved config with what was made of its data; pickled to every worker."""
+    """A resolved config with what was made of its data; pickled to every worker.
+
+    folder: of the run. data: the folder of the data set, or its URI. Both are absolute: Ray's workers stand elsewhere.
+    resume: a checkpoint to start from where the run has none of its own.
+    """
 
     config: Config
     schema: FeatureSchema
     transforms: Transforms
     folder: Path
+    data: str
     resume: Path | None = None
 
     @property
@@ -53,14 +61,14 @@ class Job:
     def has_split(self, split: str) -> bool:
         """Whether the data set has this split."""
         try:
-            split_path(self.config["data"]["folder"], split)
+            split_path(self.data, split)
         except UserError:
             return False
         return True
 
     def log(self, split: str, labels: bool = True) -> ParquetLog:
         """One split of the data set, opened."""
-        return ParquetLog(split_path(self.config["data"]["folder"], split), self.schema, labels=labels)
+        return ParquetLog(split_path(self.data, split), self.schema, labels=labels)
 
     def reader(self, log: ParquetLog, *, training: bool, rank: int, world_size: int, labels: bool = True) -> Reader:
         """A reader of this rank's rows: shuffled for training, in the order of the file for evaluation."""
@@ -92,21 +100,47 @@ class Job:
         return TrainStep(self.model(device), objective, precision=self.train.precision)
 
 
+def absolute(path: str) -> str:
+    """A local path made absolute; a URI as it is."""
+    return path if "://" in path else str(Path(path).resolve())
+
+
 def step_seed(seed: int, rank: int, step: int) -> None:
     """Seed dropout as a function of (seed, rank, step), so that a resumed run draws what an undisturbed one draws."""
     torch.manual_seed((seed * 1_000_003 + rank) * 1_000_000_007 + step)
 
 
-def limit_threads(cpus: float) -> None:
-    """Use no more threads than this worker has CPUs: more of them made steps 3 to 6 times slower."""
+def set_up_process(cpus: float) -> None:
+    """Settings of a worker's process: no more threads than it has CPUs, and freed memory kept for the next step.
+
+    More threads than CPUs made steps 3 to 6 times slower. glibc hands each large tensor back to the kernel when it is freed
+    and pays page faults for the next one, 17 to 20% of a DHEN step.
+    """
     torch.set_num_threads(max(int(cpus), 1))
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _NEVER)
+        mallopt(_M_TRIM_THRESHOLD, _NEVER)
 
 
 def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
     """The device of a worker; `auto` is CUDA where there is one."""
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    return torch.device("cuda", local_rank % max(torch.cuda.device_count(), 1))
+    if not torch.cuda.is_available():
+        raise UserError("trainer.device is 'cuda', and torch finds no GPU here", "raysys doctor says why; or take cpu")
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+def device_type(trainer: TrainerSettings) -> str:
+    """`cpu` or `cuda`, what the workers compute on, as the driver has to know it."""
+    if trainer.kind == "local":
+        return choose_device(trainer.device).type
+    if trainer.device == "auto":
+        raise UserError(
+            "trainer.device is 'auto', but the driver may have other devices than Ray's workers", "cpu or cuda"
+        )
+    return trainer.device
 
 
 def versions() -> dict[str, str]:

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch.distributed as dist
 
 from raysys.errors import UserError
 from raysys.nn.collectives import is_distributed, rank
-from raysys.train.job import Job, choose_device, limit_threads
+from raysys.train.job import Job, choose_device, set_up_process
 
 Emit = Callable[[dict[str, Any]], None]
 T = TypeVar("T")
@@ -42,90 +43,149 @@ class Worker:
     stop_wanted: Callable[[], bool]
 
 
-def launch(job: Job, work: Callable[[Worker], T], emit: Emit) -> T:
+def launch(job: Job, work: Callable[[Worker], T], emit: Emit, can_stop: bool = True) -> T:
     """Run `work` on every rank, where the trainer settings say, and return what it returned on rank 0.
 
-    SIGTERM, or a file named `stop` in the run folder, makes `stop_wanted` true. Raises UserError for what a user can mend,
-    on whichever rank it happened, and for workers that kept failing.
+    can_stop: SIGTERM makes `stop_wanted` true instead of ending the process, as does a file `stop` in the job's folder.
+    Raises UserError for what a user can mend, on whichever rank it happened, and for workers that kept failing.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     for name in (STOP_FILE, FAILURE_FILE):
         (job.folder / name).unlink(missing_ok=True)
+    run = _in_process
+    if job.trainer.kind == "ray":
+        _connect(job)  # before SIGTERM is handled: ray.init sets a handler of its own
+        run = _on_ray
+    if not can_stop:
+        return run(job, work, emit)
     with _sigterm_asks_to_stop(job.folder / STOP_FILE):
-        return _in_process(job, work, emit) if job.trainer.kind == "local" else _on_ray(job, work, emit)
+        return run(job, work, emit)
 
 
 def _in_process(job: Job, work: Callable[[Worker], T], emit: Emit) -> T:
     """One rank in the calling process, without Ray."""
     device = choose_device(job.trainer.device)
-    limit_threads(job.trainer.cpus_per_worker)
     with _own_process_group(device):
-        return work(Worker(job, device, emit, _stop_file_watch(job.folder / STOP_FILE)))
+        return _work(job, work, device, emit)
+
+
+def _work(job: Job, work: Callable[[Worker], T], device: torch.device, emit: Emit) -> T:
+    set_up_process(job.trainer.cpus_per_worker)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return work(Worker(job, device, emit, _stop_file_watch(job.folder / STOP_FILE)))
+
+
+def _connect(job: Job) -> None:
+    """Join the cluster that the settings or RAY_ADDRESS name, or start one; nothing is done where Ray runs already."""
+    import ray
+
+    if not ray.is_initialized():
+        debug = bool(job.config.get("debug"))
+        ray.init(address=job.trainer.address, log_to_driver=debug, include_dashboard=False)
+    total = ray.cluster_resources()
+    for name, amount in _resources(job).items():
+        needed, found = amount * job.trainer.workers, total.get(name, 0)
+        if found < needed:  # Ray would wait for what is missing without a word
+            raise UserError(
+                f"{job.trainer.workers} workers need {needed:g} {name}, Ray has {found:g}",
+                "lower trainer.workers or trainer.cpus_per_worker, or add nodes",
+            )
+
+
+def _resources(job: Job) -> dict[str, float]:
+    return {"CPU": job.trainer.cpus_per_worker} | ({"GPU": 1} if job.trainer.device == "cuda" else {})
 
 
 def _on_ray(job: Job, work: Callable[[Worker], T], emit: Emit) -> T:
     """A group of Ray Train workers; a dead or hung one restarts the group, and `work` finds its newest checkpoint."""
+    import ray
+
+    mailbox = _mailbox()
+    # Ray Train blocks: in the main thread signals would wait, and it would take Ctrl-C for itself.
+    fitting = _in_background(_trainer(job, work, mailbox).fit)
+    try:
+        while not wait([fitting], timeout=_POLL_SECONDS).done:
+            for event in ray.get(mailbox.take.remote()):
+                emit(event)
+    except BaseException:
+        (job.folder / STOP_FILE).touch()  # nobody waits for the workers any longer
+        raise
+    for event in ray.get(mailbox.take.remote()):
+        emit(event)
+    try:
+        outcome = fitting.result().return_value
+    except Exception as error:
+        raise _failure(job.folder) or _workers_failed(error, job.trainer.max_failures) from error
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome
+
+
+def _trainer(job: Job, work: Callable[[Worker], Any], mailbox: Any) -> Any:
+    """The TorchTrainer of a job; its time-outs are settings of Ray Train that only the environment can give."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
     settings = job.trainer
     os.environ.update(
         RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S=str(settings.hang_timeout_s),
         RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S=str(settings.start_timeout_s),
         RAY_TRAIN_COLLECTIVE_TIMEOUT_S=str(settings.hang_timeout_s),
     )
-    import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    if not ray.is_initialized():
-        ray.init(address=settings.address, log_to_driver=job.config.get("debug", False), include_dashboard=False)
-    _check_resources(job)
     use_gpu = settings.device == "cuda"
-    with _EventRelay(emit) as relay:
-        trainer = TorchTrainer(
-            _ray_worker,
-            train_loop_config={"job": job, "work": work, "relay": relay.actor},
-            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(settings.hang_timeout_s)),
-            scaling_config=ScalingConfig(
-                num_workers=settings.workers, use_gpu=use_gpu, resources_per_worker=_resources(job)
-            ),
-            run_config=RunConfig(
-                name=f"{job.folder.name}-{time.time_ns()}",
-                storage_path=str((job.folder / "ray").resolve()),
-                failure_config=FailureConfig(max_failures=settings.max_failures, controller_failure_limit=3),
-            ),
-        )
-        try:
-            outcome = trainer.fit().return_value
-        except Exception as error:
-            raise _failure(job.folder) or _workers_failed(error, settings.max_failures) from error
-    if isinstance(outcome, UserError):
-        raise outcome
-    return outcome
+    return TorchTrainer(
+        _ray_worker,
+        train_loop_config={"job": job, "work": work, "mailbox": mailbox},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=int(settings.hang_timeout_s)),
+        scaling_config=ScalingConfig(
+            num_workers=settings.workers, use_gpu=use_gpu, resources_per_worker=_resources(job)
+        ),
+        run_config=RunConfig(
+            name=f"{job.folder.name}-{time.time_ns()}",
+            storage_path=str(job.folder / "ray"),
+            failure_config=FailureConfig(max_failures=settings.max_failures, controller_failure_limit=3),
+        ),
+    )
 
 
 def _ray_worker(config: dict[str, Any]) -> Any:
-    """The train function of Ray Train. An error of the user is returned, not raised: a restart would only repeat it."""
+    """The train function of Ray Train. An error of the user is returned, not raised: a restart would only repeat it.
+
+    The rank that has it leaves a file, and the others, which may wait for that rank in a collective for ever, return too.
+    """
     import ray
     import ray.train
 
     job: Job = config["job"]
-    context = ray.train.get_context()
-    if (failure := _failure(job.folder)) is not None:
-        return failure
-    device = choose_device(job.trainer.device, context.get_local_rank())
-    limit_threads(job.trainer.cpus_per_worker)
+    local_rank = ray.train.get_context().get_local_rank()
     last: list[Any] = []
 
     def emit(event: dict[str, Any]) -> None:
         if rank() == 0:
-            last[:] = [config["relay"].put.remote({"time": time.time(), **event})]
+            last[:] = [config["mailbox"].put.remote({"time": time.time(), **event})]
 
+    working = _in_background(lambda: _work(job, config["work"], choose_device(job.trainer.device, local_rank), emit))
     try:
-        outcome = config["work"](Worker(job, device, emit, _stop_file_watch(job.folder / STOP_FILE)))
+        while not wait([working], timeout=_POLL_SECONDS).done:
+            if (failure := _failure(job.folder)) is not None:
+                return failure
+        return working.result()
     except UserError as error:
-        (job.folder / FAILURE_FILE).write_text(json.dumps({"message": error.message, "hint": error.hint}))
+        _leave_failure(job.folder, error)
+        return error
+    except Exception:
+        if (failure := _failure(job.folder)) is not None:  # this one only follows from it: the connection was closed
+            return failure
         raise
-    ray.get(last)  # the events of a worker that exits too early would be lost
-    return outcome
+    finally:
+        ray.get(last)  # the events of a worker that exits too early would be lost
+
+
+def _leave_failure(folder: Path, error: UserError) -> None:
+    temporary = folder / f"{FAILURE_FILE}.{rank()}"
+    temporary.write_text(json.dumps({"message": error.message, "hint": error.hint}))
+    temporary.replace(folder / FAILURE_FILE)
 
 
 def _failure(folder: Path) -> UserError | None:
@@ -143,53 +203,22 @@ def _workers_failed(error: Exception, max_failures: int) -> UserError:
     )
 
 
-def _resources(job: Job) -> dict[str, float]:
-    return {"CPU": job.trainer.cpus_per_worker} | ({"GPU": 1} if job.trainer.device == "cuda" else {})
+def _in_background(function: Callable[[], T]) -> Future[T]:
+    """The future of a function that a daemon thread runs: a thread that never returns keeps no process alive."""
+    future: Future[T] = Future()
 
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
 
-def _check_resources(job: Job) -> None:
-    """Refuse a job that the cluster can never start: Ray would wait for the missing CPUs without a word."""
-    import ray
-
-    total = ray.cluster_resources()
-    for name, amount in _resources(job).items():
-        if total.get(name, 0) < amount * job.trainer.workers:
-            raise UserError(
-                f"{job.trainer.workers} workers need {amount * job.trainer.workers:g} {name}, Ray has {total.get(name, 0):g}",
-                "lower trainer.workers or trainer.cpus_per_worker, or add nodes",
-            )
-
-
-class _EventRelay:
-    """An actor that takes the events of rank 0, and a thread of the driver that hands them on."""
-
-    def __init__(self, emit: Emit) -> None:
-        import ray
-
-        self.actor = ray.remote(num_cpus=0)(_Mailbox).remote()
-        self._emit, self._done = emit, threading.Event()
-        self._thread = threading.Thread(target=self._forward, daemon=True)
-
-    def __enter__(self) -> _EventRelay:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _forward(self) -> None:
-        import ray
-
-        done = False
-        while not done:
-            done = self._done.wait(_POLL_SECONDS)
-            for event in ray.get(self.actor.take.remote()):
-                self._emit(event)
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 class _Mailbox:
-    """The actor's side: a list that is emptied when read."""
+    """An actor that takes the events of rank 0: a list that is emptied when read."""
 
     def __init__(self) -> None:
         self._events: list[dict[str, Any]] = []
@@ -200,6 +229,15 @@ class _Mailbox:
     def take(self) -> list[dict[str, Any]]:
         events, self._events = self._events, []
         return events
+
+
+def _mailbox() -> Any:
+    """A mailbox on this node, so that it does not go down with a worker's."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(_Mailbox).remote()
 
 
 def _stop_file_watch(path: Path) -> Callable[[], bool]:
