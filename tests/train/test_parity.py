@@ -1,0 +1,210 @@
+"""Sharded training is the same training: every sharding type on 1, 2 and 3 workers against a plain torch loop."""
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from raysys.data.batch import Batch
+from raysys.models.embeddings import Embeddings
+from raysys.models.outputs import Output
+from raysys.objectives.supervised import Supervised
+from raysys.schema import FeatureSchema
+from raysys.train.optimizers import DenseOptimizer, OptimizerSettings, build_optimizers
+from raysys.train.plan import ShardingSettings, plan_tables
+from raysys.train.plan_checks import TableSharding
+from raysys.train.sharding import shard
+from raysys.train.sparse_optimizers import SparseOptimizer
+from raysys.train.step import TrainStep
+from raysys.train.tables import find_tables, gather_table, table_weights
+
+STEPS, ROWS, LR = 20, 24, 0.1
+TYPES = {"TW": "table_wise", "CW": "column_wise", "RW": "row_wise", "DP": "data_parallel"}
+SCHEMA = FeatureSchema.from_dict(
+    {
+        "tables": {
+            "user": {"num_embeddings": 11, "embedding_dim": 8},
+            "tag": {"num_embeddings": 7, "embedding_dim": 8},
+            "brand": {"num_embeddings": 5, "embedding_dim": 16},
+            "item": {"num_embeddings": 13, "embedding_dim": 8},
+        },
+        "dense": [{"name": "price"}, {"name": "age"}],
+        "sparse": [
+            {"name": "user", "table": "user"},
+            {"name": "tags", "table": "tag", "max_length": 4},
+            {"name": "brands", "table": "brand", "max_length": 3, "pooling": "mean"},
+            {"name": "item", "table": "item"},
+        ],
+        "sequences": [{"name": "history", "features": [{"name": "clicked", "table": "item"}], "max_length": 5}],
+        "labels": [{"name": "click"}, {"name": "spend", "kind": "regression", "required": False}],
+    }
+)
+
+
+class TinyModel(nn.Module):
+    """The contract of a ranking model in a few lines: pooled bags, a single id and a sequence, two tasks."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.embeddings = Embeddings(SCHEMA, embedding_dim=8, seed=3, device=device, init_scale=0.3)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            for matrix in self.embeddings.assembly.parameters():
+                nn.init.normal_(matrix, std=0.3)
+            self.body = nn.Linear(4 * 8 + 8 + 2, 12)
+            self.head = nn.Linear(12, 2)
+
+    def embed(self, batch):
+        return self.embeddings(batch)
+
+    def interact(self, embedded):
+        events, mask = embedded.sequences["history"]
+        history = (events * mask[..., None]).sum(1)
+        return torch.tanh(self.body(torch.cat([embedded.tokens.flatten(1), history, embedded.dense], 1)))
+
+    def predict(self, shared):
+        return Output(logits=self.head(shared), shared=shared, hidden=shared[:, None])
+
+
+def train_step(device: str = "meta", precision: str = "float32") -> TrainStep:
+    return TrainStep(TinyModel(device), Supervised(SCHEMA), precision)
+
+
+def global_batch(step: int, rows: slice = slice(0, ROWS)) -> Batch:
+    """Rows of global batch `step`: ids with repetitions, empty bags, missing labels, weights, and padding at its end."""
+    generator = torch.Generator().manual_seed(100 + step)
+
+    def draw(high, *shape):
+        return torch.randint(0, high, shape, generator=generator)
+
+    def jagged(features):
+        values, lengths = [], []
+        for high, shortest, longest in features.values():
+            count = shortest + draw(longest - shortest + 1, ROWS)
+            ids = draw(high, ROWS, longest)
+            count[-2:] = 0  # padding has no ids
+            for row in range(*rows.indices(ROWS)):
+                values.append(ids[row, : count[row]])
+            lengths.append(count[rows])
+        return KeyedJaggedTensor(list(features), torch.cat(values), lengths=torch.cat(lengths))
+
+    sparse = jagged({"user": (11, 1, 1), "tags": (7, 0, 4), "brands": (5, 0, 3), "item": (13, 1, 1)})
+    sequences = jagged({"clicked": (13, 0, 5)})
+    dense = torch.randn(ROWS, 2, generator=generator)
+    labels = torch.stack([draw(2, ROWS).float(), torch.randn(ROWS, generator=generator)], 1)
+    mask = torch.stack([torch.ones(ROWS), draw(2, ROWS).float()], 1)
+    weight = torch.rand(ROWS, 1, generator=generator) + 0.5
+    weight[-2:] = 0
+    ids = torch.arange(ROWS)
+    parts = (dense, labels * mask, mask.bool(), weight * mask, ids, ids, ids)
+    dense, labels, mask, weight, example, group, time = (part[rows] for part in parts)
+    return Batch(dense, sparse, labels, mask, weight, example, group, time, sequences=sequences)
+
+
+def settings(name: str) -> OptimizerSettings:
+    return OptimizerSettings(
+        sparse=SparseOptimizer(name=name, lr=LR, eps=1e-8), dense=DenseOptimizer(name="sgd", lr=LR)
+    )
+
+
+class PlainRowWiseAdagrad:
+    """Row-wise Adagrad as the paper writes it, on gradients of a plain `nn.Embedding`."""
+
+    def __init__(self, parameters) -> None:
+        self.parameters = list(parameters)
+        self.sums = [torch.zeros(len(parameter)) for parameter in self.parameters]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for parameter, total in zip(self.parameters, self.sums, strict=True):
+            total += (parameter.grad**2).sum(1) / parameter.shape[1]
+            parameter -= LR * parameter.grad / (total.sqrt() + 1e-8)[:, None]
+
+
+@functools.cache
+def plain_training(name: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and final weights of the unsharded model in an ordinary torch loop on whole batches."""
+    step = train_step("cpu")
+    tables = [table.parameter for table in find_tables(step)]
+    dense = [parameter for parameter in step.parameters() if all(parameter is not table for table in tables)]
+    kinds = {
+        "sgd": lambda: torch.optim.SGD(tables, lr=LR),
+        "adagrad": lambda: torch.optim.Adagrad(tables, lr=LR, eps=1e-8),
+        "rowwise_adagrad": lambda: PlainRowWiseAdagrad(tables),
+    }
+    optimizers = [kinds[name](), torch.optim.SGD(dense, lr=LR)]
+    losses = []
+    for i in range(STEPS):
+        step.zero_grad()
+        loss, _ = step(global_batch(i))
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        losses.append(loss.item())
+    return losses, {name: value.detach().clone() for name, value in step.state_dict().items()}
+
+
+def sharded_training(kind: str, name: str, pipeline: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The same on the ranks of the process group, each with its share of the rows (interleaved, as readers do)."""
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    tables = {
+        table: TableSharding((TYPES[kind],), min_partition=4 if kind == "CW" else None)
+        for table in ("user", "tag", "brand", "item")
+    }
+    plan = plan_tables(train_step(), world_size, "cpu", ROWS, ShardingSettings(tables=tables), settings(name))
+    device = torch.device("cpu")
+    model = shard(train_step(), plan, device, settings(name))
+    optimizers = StepCounter(build_optimizers(model, settings(name), STEPS))
+    batches = iter([global_batch(i, slice(rank, ROWS, world_size)) for i in range(STEPS)])
+    if pipeline == "base":
+        pipe = TrainPipelineBase(model, optimizers, device)
+    else:
+        pipe = TrainPipelineSparseDist(model, optimizers, device, pipeline_postproc=True)
+    model.train()
+    losses = [pipe.progress(batches)["losses"]["loss"].item() for _ in range(STEPS)]
+    if pipeline == "sparse_dist":
+        assert len(pipe._pipelined_modules) == 2  # the bags and the ids, none left behind
+    weights = {key: gather_table(value) for key, value in table_weights(model).items()}
+    dense = {key: value.detach().clone() for key, value in model.named_parameters() if "embeddings." not in key}
+    return losses, weights | dense
+
+
+class StepCounter:
+    """What a pipeline takes for an optimiser."""
+
+    def __init__(self, optimizers) -> None:
+        self.optimizers, self.done = optimizers, 0
+
+    def zero_grad(self) -> None:
+        self.optimizers.zero_grad()
+
+    def step(self) -> None:
+        self.optimizers.step(self.done)
+        self.done += 1
+
+
+LAYOUTS = [
+    (kind, world_size, name)
+    for name in ("adagrad", "sgd", "rowwise_adagrad")
+    for kind in TYPES
+    for world_size in (1, 2, 3)
+    if not (kind == "CW" and name == "rowwise_adagrad")
+]
+
+
+@pytest.mark.parametrize(("kind", "world_size", "name"), LAYOUTS)
+def test_parity(gloo, kind, world_size, name):
+    plain_losses, plain_weights = plain_training(name)
+    results = gloo.run(world_size, sharded_training, kind, name, "base")
+    losses = torch.tensor([losses for losses, _ in results]).mean(0)
+    torch.testing.assert_close(losses, torch.tensor(plain_losses), rtol=1e-5, atol=0)
+    for key, value in results[0][1].items():
+        expected = next(plain for name, plain in plain_weights.items() if name in (key, *_table_names(key)))
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+
+
+def _table_names(key: str) -> list[str]:
+    return [f"model.embeddings.{part}.{key}.weight" for part in ("bags.embedding_bags", "ids_8.embeddings")]
