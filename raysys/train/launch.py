@@ -134,6 +134,8 @@ def _trainer(job: Job, work: Callable[[Worker], Any], mailbox: Any) -> Any:
         RAY_TRAIN_COLLECTIVE_TIMEOUT_S=str(settings.hang_timeout_s),
     )
     use_gpu = settings.device == "cuda"
+    # What a worker raises is retried; what keeps workers from starting would be for ever, without a limit.
+    failures: dict[str, Any] = {"max_failures": settings.max_failures, "controller_failure_limit": 3}
     return TorchTrainer(
         _ray_worker,
         train_loop_config={"job": job, "work": work, "mailbox": mailbox},
@@ -144,7 +146,7 @@ def _trainer(job: Job, work: Callable[[Worker], Any], mailbox: Any) -> Any:
         run_config=RunConfig(
             name=f"{job.folder.name}-{time.time_ns()}",
             storage_path=str(job.folder / "ray"),
-            failure_config=FailureConfig(max_failures=settings.max_failures, controller_failure_limit=3),
+            failure_config=FailureConfig(**failures),
         ),
     )
 
@@ -237,7 +239,7 @@ def _mailbox() -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(_Mailbox).remote()
+    return ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
 
 
 def _stop_file_watch(path: Path) -> Callable[[], bool]:
