@@ -39,6 +39,8 @@ def write_manifest(folder: Path, format_version: int, hashes: dict[str, str]) ->
 def read_manifest(folder: Path, format_version: int) -> dict[str, str]:
     """The hashes by file name; raises UserError where there is no manifest or another format."""
     content = read_json(folder / MANIFEST)
+    if not isinstance(content, dict) or not isinstance(content.get("sha256"), dict):
+        raise UserError(f"{folder / MANIFEST} is no manifest: it holds no hashes")
     if content.get("format_version") != format_version:
         raise UserError(f"{folder}: format {content.get('format_version')!r}, expected {format_version}")
     return content["sha256"]
@@ -61,7 +63,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file", f"a folder without {MANIFEST} is not finished") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not even text
         raise UserError(f"{path}: not valid JSON: {error}") from None
 
 

@@ -18,14 +18,17 @@ class BestSoFar:
     def __init__(self, settings: EarlyStopping | None, schema: FeatureSchema) -> None:
         self.settings = settings
         self.task = settings.task if settings and settings.task else schema.tasks[0]
-        if self.task not in schema.tasks:
-            raise UserError(f"train.early_stopping.task {self.task!r} is no label", nearest(self.task, schema.tasks))
+        if settings is not None:
+            _check(settings.metric, self.task, schema)
         self.step: int | None = None
         self.value = math.nan
         self.stale = 0
+        self.evaluated: int | None = None
+        """The step of the last evaluation, whether it was better or not."""
 
     def update(self, tasks: dict[str, dict[str, float]], step: int) -> bool:
         """Take an evaluation; True where it is the best so far. An undefined metric never is."""
+        self.evaluated = step
         if self.settings is None:
             return False
         value = tasks[self.task][self.settings.metric]
@@ -48,9 +51,26 @@ class BestSoFar:
 
     def state(self) -> dict[str, Any]:
         """Plain data for a checkpoint."""
-        return {"step": self.step, "value": None if math.isnan(self.value) else self.value, "stale": self.stale}
+        value = None if math.isnan(self.value) else self.value
+        return {"step": self.step, "value": value, "stale": self.stale, "evaluated": self.evaluated}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint's state."""
-        self.step, self.stale = state["step"], state["stale"]
+        self.step, self.stale, self.evaluated = state["step"], state["stale"], state["evaluated"]
         self.value = math.nan if state["value"] is None else state["value"]
+
+
+def _check(metric: str, task: str, schema: FeatureSchema) -> None:
+    if task not in schema.tasks:
+        raise UserError(f"train.early_stopping.task {task!r} is no label", nearest(task, schema.tasks))
+    kind = next(label.kind for label in schema.labels if label.name == task)
+    known = ("rmse", "mae") if kind == "regression" else ("ne", "log_loss", "auc", "gauc")
+    if metric not in known:
+        raise UserError(
+            f"train.early_stopping.metric is {metric!r}, which the {kind} task {task!r} does not have",
+            f"take one of: {', '.join(known)}",
+        )
+    if metric == "gauc" and schema.group_id is None:
+        raise UserError(
+            "train.early_stopping.metric is 'gauc', but the schema has no group_id", "name one, or take 'auc'"
+        )

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from pydantic import PositiveInt
 
 from raysys.errors import UserError
 from raysys.hashed_folder import MANIFEST, files_of, find_damage, hash_files, read_json, read_manifest, write_manifest
@@ -31,8 +32,10 @@ FORMAT_VERSION = 1
 class CheckpointSettings:
     """When checkpoints are written and which are kept; the one of the best evaluation is kept besides the last ones."""
 
-    every_steps: int | None = None
-    keep: int = 2
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+    every_steps: PositiveInt | None = None
+    keep: PositiveInt = 2
 
 
 def save_checkpoint(
@@ -44,7 +47,7 @@ def save_checkpoint(
     data for `state.json`. write_files: called on rank 0 to put further files into the folder.
     """
     if rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # what a killed run left half-written
+        _remove(folder)  # what a killed run left half-written
         folder.mkdir(parents=True)
     _barrier()
     dcp.save(tensors, checkpoint_id=str(folder), no_dist=not is_distributed())
@@ -86,29 +89,41 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return Path(folder) / f"step_{step:08d}"
 
 
-def latest_intact(folder: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose hashes hold; `warn` hears of each damaged one that is passed over (collective)."""
+def take_latest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint whose hashes hold, with its `state.json` (collective).
+
+    `warn` hears of each damaged one that is passed over. It is renamed to `damaged_step_...`, so that it neither counts as
+    one to keep nor stands where the run will write its next one.
+    """
     for path in reversed(list_checkpoints(folder)):
         try:
-            verify_checkpoint(path)
+            return path, verify_checkpoint(path)
         except UserError as error:
             warn(f"{error.message}: taking an older checkpoint")
-        else:
-            return path
+            if rank() == 0:
+                aside = path.with_name(f"damaged_{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
     return None
 
 
 def remove_old(folder: Path, keep: int, best: Path | None) -> None:
-    """Delete all but the `keep` newest checkpoints and the best one; the manifest goes first (rank 0 only)."""
-    for path in list_checkpoints(folder)[:-keep]:
-        if path != best:
-            (path / MANIFEST).unlink()
-            shutil.rmtree(path)
+    """Delete all but the `keep` newest checkpoints and the best one, and what killed runs left (rank 0 only)."""
+    complete = list_checkpoints(folder)
+    for path in Path(folder).glob("step_*"):
+        if path not in complete[-keep:] and path != best:
+            _remove(path)
 
 
 def saved_names(folder: Path) -> set[str]:
     """The flattened names of all tensors in a checkpoint."""
     return set(dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint, first of all what makes it one."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _own_share(names: list[str]) -> list[str]:

@@ -12,11 +12,10 @@ from torchrec.distributed.types import ShardingPlan
 
 from raysys.nn.calibration import Calibrator, calibration_to_dict
 from raysys.nn.collectives import rank
-from raysys.train.checkpoint import checkpoint_path
+from raysys.train.checkpoint import checkpoint_path, verify_checkpoint
 from raysys.train.health import embedding_health, hot_ids
 from raysys.train.launch import Worker
 from raysys.train.loop import TrainLoop
-from raysys.train.state import load_state
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def conclude(loop: TrainLoop, status: str) -> Outcome:
     outcome: dict[str, Any] = {"status": status, "step": loop.step, "checkpoint": path, "best": loop.best.state()}
     if status != "interrupted":
         if path != checkpoint_path(checkpoints, loop.step):
-            load_state(path, loop)
+            loop.load(path, verify_checkpoint(path))  # events from here on are of that step
         metrics, calibrators = _evaluate(loop)
         outcome |= {"metrics": metrics, "calibration": calibration_to_dict(calibrators)}
         health = embedding_health(loop.model, loop.job)

@@ -12,10 +12,9 @@ from torchrec.distributed.types import ShardingPlan
 
 from raysys.data.reader import Position
 from raysys.errors import UserError
-from raysys.hashed_folder import MANIFEST
 from raysys.nn.collectives import rank, world_size
 from raysys.train.best import BestSoFar
-from raysys.train.checkpoint import checkpoint_path, latest_intact, remove_old
+from raysys.train.checkpoint import checkpoint_path, remove_old, take_latest, verify_checkpoint
 from raysys.train.evaluate import Evaluation, evaluate
 from raysys.train.guard import StepGuard, Verdict
 from raysys.train.job import step_seed
@@ -40,7 +39,7 @@ class TrainLoop:
         self.emit, self._stop_wanted = worker.emit, worker.stop_wanted
         job, settings = self.job, self.settings
         self.reader = job.reader(job.log("train"), training=True, rank=rank(), world_size=world_size())
-        self.total_steps = total_steps(self.reader.steps_per_epoch, self.settings.epochs, self.settings.max_steps)
+        self.total_steps = total_steps(self.reader.steps_per_epoch, settings.epochs, settings.max_steps)
         self.model = shard(
             job.train_step("meta"),
             plan,
@@ -51,9 +50,12 @@ class TrainLoop:
         )
         self.optimizers = build_optimizers(self.model, settings.optimizers, self.total_steps)
         self.step, self.position = 0, Position()
-        self.best = BestSoFar(self.settings.early_stopping, job.schema)
+        self.best = BestSoFar(settings.early_stopping, job.schema)
         self.timer = StepTimer()
         self._guard = StepGuard()
+        self._pipeline: TrainPipelineBase | TrainPipelineSparseDist | None = None
+        self._has_valid = job.has_split("valid")
+        self._saved: int | None = None  # the step of the newest checkpoint
         self._window = Window(job.schema, self.timer)
 
     def run(self) -> str:
@@ -64,21 +66,23 @@ class TrainLoop:
         return status
 
     def _run_steps(self) -> str:
+        if self.best.patience_is_over or (self._evaluation_due() and self._evaluate()):
+            return "early_stopped"  # a run that was stopped between its last step and the evaluation after it
         stream = BatchStream(self.reader, self.position, self.settings.epochs, self.timer)
-        pipeline = self._make_pipeline()
+        self._pipeline = self._make_pipeline()
         self.model.train()
         while self.step < self.total_steps:
             step_seed(self.job.seed, rank(), self.step)
-            outputs = pipeline.progress(stream)
+            outputs = self._pipeline.progress(stream)
             batch, self.position = stream.trained()
             self.step += 1
             self._window.update(outputs)
             stop = self._check(self._guard.submit(self.step, outputs["losses"], self._stop_wanted(), batch))
             if stop:
                 return "interrupted"
-            if self.step % self.settings.log_every == 0:
+            if self.step % self.settings.log_every == 0 or self.step == self.total_steps:
                 self._log()
-            if self._evaluation_due() and self._evaluate(pipeline):
+            if self._evaluation_due() and self._evaluate():
                 return "early_stopped"
             if self._due(self.settings.checkpoint.every_steps):
                 self.save("interval")
@@ -86,21 +90,31 @@ class TrainLoop:
 
     def restore(self) -> None:
         """Continue from the newest intact checkpoint of this run, or else from the one that the job names."""
-        path = latest_intact(self.job.checkpoints, self._warn) or self.job.resume
-        if path is not None:
-            state = load_state(path, self)
-            self.step, self.position = state["step"], Position.from_dict(state["position"])
-            self.best.restore(state["best"])
-            self.emit({"event": "resumed", "step": self.step, "path": str(path)})
+        own = take_latest(self.job.checkpoints, self._warn)
+        if own is not None:
+            self.load(*own)
+            self._saved = self.step
+        elif self.job.resume is not None:
+            self.load(self.job.resume, verify_checkpoint(self.job.resume))
+        if self.step:
+            self.emit({"event": "resumed", "step": self.step, "path": str(own[0] if own else self.job.resume)})
+        self._window.start(self._rows())
 
-    def save(self, reason: str) -> Path:
-        """Write a checkpoint of this step unless it exists, and delete those that are no longer kept."""
+    def load(self, path: Path, state: dict[str, Any]) -> None:
+        """Become what a verified checkpoint holds, whose `state.json` is `state`."""
+        load_state(path, state, self)
+        self.step, self.position = state["step"], Position.from_dict(state["position"])
+        self.best.restore(state["best"])
+
+    def save(self, reason: str) -> None:
+        """Write a checkpoint of this step unless there is one, and delete those that are no longer kept."""
         self._check(self._guard.settle())
+        if self._saved == self.step:
+            return
         path = checkpoint_path(self.job.checkpoints, self.step)
-        if (path / MANIFEST).exists():
-            return path
         started = time.perf_counter()
         size = save_state(path, self)
+        self._saved = self.step
         if rank() == 0:
             remove_old(self.job.checkpoints, self.settings.checkpoint.keep, self.best.path(self.job.checkpoints))
         seconds = time.perf_counter() - started
@@ -115,7 +129,6 @@ class TrainLoop:
             }
         )
         self.timer.skip()
-        return path
 
     def evaluate(self, split: str, **options: Any) -> Evaluation:
         """Metrics of one split with the current weights, the same on every rank."""
@@ -126,14 +139,14 @@ class TrainLoop:
         self.timer.skip()
         return evaluation
 
-    def _evaluate(self, pipeline: TrainPipelineBase | TrainPipelineSparseDist) -> bool:
+    def _evaluate(self) -> bool:
         """Evaluate the validation split, keep the best checkpoint; True where patience has run out."""
-        if isinstance(pipeline, TrainPipelineSparseDist):
-            pipeline.detach()  # it has replaced the forward of the sharded tables
+        if isinstance(self._pipeline, TrainPipelineSparseDist):
+            self._pipeline.detach()  # it has replaced the forward of the sharded tables
         if self.best.update(self.evaluate("valid").tasks, self.step):
             self.save("best")
-        if isinstance(pipeline, TrainPipelineSparseDist):
-            pipeline.attach()
+        if isinstance(self._pipeline, TrainPipelineSparseDist):
+            self._pipeline.attach()
         return self.best.patience_is_over
 
     def _make_pipeline(self) -> TrainPipelineBase | TrainPipelineSparseDist:
@@ -142,7 +155,7 @@ class TrainLoop:
         self.model.register_forward_hook(lambda *_: self.timer.mark("forward"))
         kind = self.settings.pipeline
         if kind == "sparse_dist" or (kind == "auto" and self.device.type == "cuda"):
-            return TrainPipelineSparseDist(self.model, optimizer, self.device, execute_all_batches=True)
+            return TrainPipelineSparseDist(self.model, optimizer, self.device, pipeline_postproc=True)
         return TrainPipelineBase(self.model, optimizer, self.device)
 
     def _check(self, verdict: Verdict | None) -> bool:
@@ -153,7 +166,7 @@ class TrainLoop:
         torch.save(self._guard.batch, path)
         raise NonFiniteLossError(
             f"step {verdict.step}: {', '.join(verdict.not_finite)} is not finite; the batch is in {path}",
-            "lower train.optimizers.*.learning_rate or clip gradients (train.optimizers.clip); no checkpoint was written",
+            "lower train.optimizers.*.lr, or clip gradients with train.optimizers.clip; no checkpoint was written",
         )
 
     def _log(self) -> None:
@@ -163,7 +176,7 @@ class TrainLoop:
                 "step": self.step,
                 "epoch": self.position.epoch,
                 "learning_rates": self.optimizers.learning_rates(),
-                **self._window.take(self.total_steps - self.step),
+                **self._window.take(self._rows(), self.total_steps - self.step),
             }
         )
 
@@ -171,12 +184,18 @@ class TrainLoop:
         """Medians over the step events: rows per second, and the seconds of a step by phase."""
         return self._window.summary()
 
+    def _rows(self) -> int:
+        """The rows of the log that are trained, over all epochs."""
+        return self.position.epoch * self.reader.log.num_rows + sum(self.position.cursors)
+
     def _evaluation_due(self) -> bool:
-        if not self.job.has_split("valid"):
+        if not self._has_valid or self.step == 0 or self.best.evaluated == self.step:
             return False
+        if self.step == self.total_steps:
+            return self.best.settings is not None  # else only the end of the run needs it, which evaluates anyway
         if self.settings.evaluate_every is not None:
             return self._due(self.settings.evaluate_every)
-        return self.position.step == self.reader.steps_per_epoch or self.step == self.total_steps
+        return self.position.step == self.reader.steps_per_epoch
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from raysys.errors import UserError
+from raysys.models.assembly import Assembly
+from raysys.models.tokens import TokenStack
+from raysys.nn.collectives import communication_device, global_sum
 from raysys.train.checkpoint import load_tensors, save_checkpoint, saved_names, verify_checkpoint
 from raysys.train.job import versions
-from raysys.train.tables import find_tables, forget_cached_rows, table_weights
+from raysys.train.tables import find_tables, forget_cached_rows, local_parts, table_weights
 
 if TYPE_CHECKING:
     from raysys.train.loop import TrainLoop
 
 
 def save_state(folder: Path, loop: TrainLoop) -> int:
-    """Write the loop's state as a checkpoint and return its bytes (collective)."""
+    """Write the loop's state as a checkpoint and return its bytes (collective).
+
+    Raises UserError, before anything is written, where a weight is not finite: a run could not go on from there.
+    """
+    tensors = _tensors(loop)
+    _check_finite(tensors, loop.step)
     state = {
         "step": loop.step,
         "position": loop.position.to_dict(),
@@ -26,38 +37,30 @@ def save_state(folder: Path, loop: TrainLoop) -> int:
         "config": loop.job.config,
         "schema": loop.job.schema.to_dict(),
         "schema_hash": loop.job.schema.fingerprint(),
+        "tokens": _token_names(loop.model),
         "versions": versions(),
     }
 
     def write_files(path: Path) -> None:
         loop.job.transforms.save(path / "transforms")
 
-    return save_checkpoint(folder, _tensors(loop), state, write_files)
+    return save_checkpoint(folder, tensors, state, write_files)
 
 
-def load_state(folder: Path, loop: TrainLoop) -> dict[str, Any]:
-    """Verify a checkpoint, load it into the loop's model and optimisers, and return its `state.json` (collective).
+def load_state(folder: Path, state: dict[str, Any], loop: TrainLoop) -> None:
+    """Load a verified checkpoint, whose `state.json` is `state`, into the loop's model and optimisers (collective).
 
     Learning rates and dropout follow from the step, so they continue too.
     """
-    state = verify_checkpoint(folder)
     _check_schema(folder, state, loop.job.schema.fingerprint())
-    tensors = _tensors(loop)
-    _check_names(folder, tensors)
-    load_tensors(folder, tensors)
-    forget_cached_rows(loop.model)
+    _load(folder, state, loop.model, _tensors(loop))
     loop.optimizers.set_step(state["step"])
-    return state
 
 
-def load_weights(folder: Path, module: nn.Module) -> dict[str, Any]:
-    """Load the weights alone into a plain or sharded TrainStep and return `state.json` (collective under a process group)."""
+def load_weights(folder: Path, module: nn.Module) -> None:
+    """Verify a checkpoint and load its weights alone into a plain or sharded TrainStep (collective under a process group)."""
     state = verify_checkpoint(folder)
-    tensors = {"dense": dense_tensors(module), "tables": table_weights(module)}
-    _check_names(folder, tensors)
-    load_tensors(folder, tensors)
-    forget_cached_rows(module)
-    return state
+    _load(folder, state, module, {"dense": dense_tensors(module), "tables": table_weights(module)})
 
 
 def dense_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -68,6 +71,13 @@ def dense_tensors(module: nn.Module) -> dict[str, Tensor]:
         for name, tensor in module.state_dict().items()
         if isinstance(tensor, Tensor) and not name.startswith(tables)
     }
+
+
+def _load(folder: Path, state: dict[str, Any], module: nn.Module, tensors: dict[str, Any]) -> None:
+    _check_tokens(folder, state["tokens"], _token_names(module))
+    _check_names(folder, tensors)
+    load_tensors(folder, tensors)
+    forget_cached_rows(module)
 
 
 def _tensors(loop: TrainLoop) -> dict[str, Any]:
@@ -85,6 +95,47 @@ def _check_schema(folder: Path, state: dict[str, Any], expected: str) -> None:
             f"{folder}: the checkpoint was made with another schema ({state['schema_hash']}, now {expected})",
             "train from the start, or restore the schema.yaml of that run",
         )
+
+
+def _token_names(module: nn.Module) -> list[str]:
+    """All tokens of a model in their order, which the dense weights behind them stand for."""
+    return [name for part in module.modules() if isinstance(part, Assembly | TokenStack) for name in part.names]
+
+
+def _check_tokens(folder: Path, saved: list[str], now: list[str]) -> None:
+    for place, (before, after) in enumerate(zip_longest(saved, now)):
+        if before != after:
+            raise UserError(
+                f"{folder}: token {place} of the model was {before!r} when the checkpoint was made, and is {after!r} now",
+                "the order of a model's features belongs to its weights: restore it",
+            )
+
+
+def _check_finite(tensors: dict[str, Any], step: int) -> None:
+    """Collective: a weight or optimiser state that is not finite on any rank is an error on all."""
+    values = _flattened(tensors)
+    broken = torch.tensor([not _is_finite(value) for value in values.values()], dtype=torch.float64)
+    names = [
+        name for name, bad in zip(values, global_sum(broken.to(communication_device())).tolist(), strict=True) if bad
+    ]
+    if names:
+        raise UserError(
+            f"step {step}: {', '.join(names[:3])} {'is' if len(names) == 1 else 'are'} not finite; no checkpoint was written",
+            "lower train.optimizers.*.lr, or clip gradients with train.optimizers.clip",
+        )
+
+
+def _flattened(tensors: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tensors.items():
+        found |= _flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether this rank's part of a tensor is finite; the sum needs no memory, and is looked at closely where it is not."""
+    parts = [value.to_local()] if isinstance(value, DTensor) else [part.values for part in local_parts(value)]
+    return all(bool(part.sum().isfinite()) or bool(part.isfinite().all()) for part in parts)
 
 
 def _check_names(folder: Path, tensors: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from raysys.data.batch import Batch
-from raysys.nn.collectives import communication_device, global_sum, world_size
+from raysys.nn.collectives import global_sum, world_size
 from raysys.schema import FeatureSchema
 from raysys.train.metrics import WindowMetrics
 from raysys.train.timing import StepTimer
@@ -22,32 +22,32 @@ class Window:
         self._metrics = WindowMetrics(schema)
         self._timer = timer
         self._losses: list[dict[str, Tensor]] = []
-        self._rows = torch.zeros((), dtype=torch.float64)
-        self._rows_in_all = 0
+        self._rows = 0
         self._speeds: list[float] = []
         self._breakdowns: list[dict[str, float]] = []
+
+    def start(self, rows: int) -> None:
+        """Begin where `rows` rows of the run are trained."""
+        self._rows = rows
 
     def update(self, outputs: dict[str, Any]) -> None:
         """Take what TrainStep gave for one batch; nothing leaves its device yet."""
         batch: Batch = outputs["batch"]
         self._metrics.update(outputs["logits"], batch)
         self._losses.append(outputs["losses"])
-        self._rows += (batch.example_id >= 0).sum().to(self._rows.device)
 
-    def take(self, steps_left: int) -> dict[str, Any]:
-        """The fields of a step event (collective), and start afresh."""
+    def take(self, rows: int, steps_left: int) -> dict[str, Any]:
+        """The fields of a step event, when `rows` rows of the run are trained (collective), and start afresh."""
         steps = len(self._losses)
         means = {name: torch.stack([loss[name] for loss in self._losses]).mean() for name in self._losses[0]}
         losses = {name: float(global_sum(mean)) / world_size() for name, mean in means.items()}
-        rows = int(global_sum(self._rows.to(communication_device())))
         breakdown = {name: seconds / steps for name, seconds in self._timer.take().items()}
         seconds_per_step = sum(breakdown.values())
-        self._rows_in_all += rows
-        self._speeds.append(rows / steps / seconds_per_step)
+        self._speeds.append((rows - self._rows) / steps / seconds_per_step)
         self._breakdowns.append(breakdown)
-        self._losses, self._rows = [], torch.zeros_like(self._rows)
+        self._losses, self._rows = [], rows
         return {
-            "rows": self._rows_in_all,
+            "rows": rows,
             "rows_per_second": self._speeds[-1],
             "loss": losses.pop("loss"),
             "parts": losses,
