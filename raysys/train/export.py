@@ -24,11 +24,12 @@ def open_run(folder: Path, checkpoint: Path | None = None) -> tuple[Job, dict[st
     if record is None:
         raise UserError(f"{folder}: no run (run.json is missing)", "raysys runs lists them")
     newest = list_checkpoints(folder / "checkpoints")
-    path = checkpoint or (Path(record["checkpoint"]) if record.get("checkpoint") else newest[-1] if newest else None)
+    kept = folder / "checkpoints" / Path(record["checkpoint"]).name if record.get("checkpoint") else None
+    path = checkpoint or kept or (newest[-1] if newest else None)
     if path is None:
         raise UserError(f"{folder}: the run has no checkpoint", "let it train until one is written")
-    schema = FeatureSchema.load(folder / "schema.yaml")
-    return Job(record["config"], schema, Transforms.load(folder / "transforms"), folder, path), record
+    schema, transforms = FeatureSchema.load(folder / "schema.yaml"), Transforms.load(folder / "transforms")
+    return Job(record["config"], schema, transforms, folder, record["config"]["data"]["folder"], path), record
 
 
 def export_run(folder: Path, checkpoint: Path | None = None, output: Path | None = None) -> Path:

@@ -52,7 +52,7 @@ def embedding_health(model: DistributedModelParallel, job: Job) -> dict[str, dic
 
 def hot_ids(job: Job) -> dict[str, list[dict[str, Any]]]:
     """By table, the ids that the first 200,000 rows of the training split look up most, with their share of the look-ups."""
-    features = {feature.name: feature.table for feature in (*job.schema.sparse, *job.schema.sequence_features)}
+    features = {feature.name: feature.table for feature in job.schema.id_features}
     seen: dict[str, list[Tensor]] = {table.name: [] for table in job.schema.tables}
     batches = job.log("train", labels=False).iter_batches(batch_size=_HOT_BATCH)
     for rows in islice(batches, _HOT_ROWS // _HOT_BATCH):

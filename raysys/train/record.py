@@ -13,11 +13,11 @@ from raysys.strict_json import to_plain
 from raysys.train.job import Job, machine, versions
 
 RECORD = "run.json"
-_NOT_THE_RUN = ("run_id", "resume", "debug", "dry_run", "runs_folder")
+_NOT_THE_RUN = ("run_id", "resume", "debug", "dry_run", "runs_folder", "trainer")
 
 
 def config_hash(config: dict[str, Any]) -> str:
-    """A hash of what decides a run's result: two runs with one hash are the same experiment."""
+    """A hash of what decides a run's result (not where it runs): two runs with one hash are the same experiment."""
     return fingerprint({key: value for key, value in config.items() if key not in _NOT_THE_RUN})
 
 
@@ -26,10 +26,11 @@ class RunRecord:
 
     def __init__(self, job: Job, **content: Any) -> None:
         self.path = job.folder / RECORD
+        before = read_record(job.folder) or {}
         self.content: dict[str, Any] = {
             "run_id": job.folder.name,
             "status": "running",
-            "started": time.time(),
+            "started": before.get("started", time.time()),
             "finished": None,
             "config": job.config,
             "config_hash": config_hash(job.config),

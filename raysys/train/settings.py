@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pydantic import PositiveFloat, PositiveInt
+
 from raysys.train.checkpoint import CheckpointSettings
 from raysys.train.optimizers import OptimizerSettings
 from raysys.train.plan import ShardingSettings
@@ -20,7 +22,7 @@ class EarlyStopping:
 
     metric: Literal["ne", "log_loss", "auc", "gauc", "rmse", "mae"] = "ne"
     task: str | None = None
-    patience: int = 2
+    patience: PositiveInt = 2
 
     @property
     def larger_is_better(self) -> bool:
@@ -34,12 +36,12 @@ class TrainSettings:
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
 
-    batch_size: int = 2048
-    epochs: int = 1
-    max_steps: int | None = None
-    log_every: int = 20
-    evaluate_every: int | None = None
-    evaluation_batch_size: int = 8192
+    batch_size: PositiveInt = 2048
+    epochs: PositiveInt = 1
+    max_steps: PositiveInt | None = None
+    log_every: PositiveInt = 20
+    evaluate_every: PositiveInt | None = None
+    evaluation_batch_size: PositiveInt = 8192
     slices: tuple[str, ...] = ()
     calibration: Literal["none", "platt", "isotonic"] = "none"
     pipeline: Pipeline = "auto"
@@ -60,10 +62,10 @@ class TrainerSettings:
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
 
     kind: Literal["local", "ray"] = "local"
-    workers: int = 1
+    workers: PositiveInt = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    cpus_per_worker: float = 1.0
+    cpus_per_worker: PositiveFloat = 1.0
     max_failures: int = 3
-    hang_timeout_s: float = 120.0
-    start_timeout_s: float = 120.0
+    hang_timeout_s: PositiveFloat = 120.0
+    start_timeout_s: PositiveFloat = 120.0
     address: str | None = None
