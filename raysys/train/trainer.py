@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
 from raysys.config import Config
-from raysys.data.log import split_path
+from raysys.data.log import ParquetLog, split_path
 from raysys.data.transforms import Transforms
 from raysys.errors import UserError
 from raysys.models.flops import flops_per_row
 from raysys.schema import FeatureSchema
+from raysys.train.best import BestSoFar
 from raysys.train.checkpoint import list_checkpoints, verify_checkpoint
 from raysys.train.conclude import Outcome, train_worker
-from raysys.train.job import Job, choose_device
+from raysys.train.intervals import metric_interval
+from raysys.train.job import Job, absolute, device_type
 from raysys.train.launch import launch
 from raysys.train.loop import total_steps
 from raysys.train.plan import TablePlan, plan_table, plan_tables
-from raysys.train.record import RunRecord, config_hash, read_record
+from raysys.train.record import RECORD, RunRecord, config_hash, read_record
 from raysys.train.size import parameter_counts
+from raysys.train.slices import check_slices
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -40,13 +49,13 @@ class Prepared:
 def prepare(config: Config) -> Prepared:
     """Check data, config, model and plan on the driver; nothing is written yet. Raises UserError."""
     folder, resume = _run_folder(config)
-    data = config["data"]["folder"]
+    data = absolute(config["data"]["folder"])
     schema = FeatureSchema.load(Path(data) / "schema.yaml")
-    job = Job(config, schema, _transforms(config, schema, folder), folder, resume)
+    log = ParquetLog(split_path(data, "train"), schema)
+    job = Job(config, schema, _transforms(log, config["seed"], folder, resume), folder, data, resume)
     settings, trainer = job.train, job.trainer
     world_size = 1 if trainer.kind == "local" else trainer.workers
-    device = choose_device(trainer.device).type
-    log = job.log("train")
+    device = device_type(trainer)
     reader = job.reader(log, training=True, rank=0, world_size=world_size)
     if settings.early_stopping is not None and not job.has_split("valid"):
         raise UserError(
@@ -55,6 +64,8 @@ def prepare(config: Config) -> Prepared:
         )
     if job.has_split("valid"):
         job.log("valid")
+    BestSoFar(settings.early_stopping, schema)
+    check_slices(schema, settings.slices)
     step = job.train_step("meta")
     plan = plan_tables(step, world_size, device, reader.local_batch_size, settings.sharding, settings.optimizers)
     facts = {
@@ -98,7 +109,7 @@ def fit(prepared: Prepared, listeners: Sequence[Listener]) -> Outcome:
         record.update(status=status, finished=time.time(), message=message)
         emit({"event": "run_finished", "status": status, "seconds": time.monotonic() - started, "message": message})
         raise
-    record.update(finished=time.time(), **vars(outcome))
+    record.update(finished=time.time(), **vars(outcome), intervals=_intervals(job), bayes=_bayes(job))
     finished = {"status": outcome.status, "step": outcome.step, "seconds": time.monotonic() - started, "message": ""}
     emit({"event": "run_finished", **finished})
     return outcome
@@ -107,21 +118,33 @@ def fit(prepared: Prepared, listeners: Sequence[Listener]) -> Outcome:
 def _run_folder(config: Config) -> tuple[Path, Path | None]:
     """The folder of this run, and the checkpoint of another run that it starts from.
 
-    `resume: auto` takes up the newest unfinished run of the same config, `none` starts a run, a path starts a run from
-    that checkpoint.
+    `resume: auto` takes up the run `run_id`, or else the newest unfinished run of the same config; `none` starts a run; a
+    path starts one that continues from that checkpoint.
     """
-    runs, resume, run_id = Path(config["runs_folder"]), config["resume"], config["run_id"]
+    runs, resume, run_id = Path(config["runs_folder"]).resolve(), config["resume"], config["run_id"]
     if resume == "auto" and run_id is None:
         unfinished = [path for path in runs.glob("*/run.json") if _takes_up(path.parent, config)]
         if unfinished:
             return max(unfinished, key=lambda path: path.stat().st_mtime).parent, None
-    folder = runs / (run_id or f"{config['name']}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if resume != "auto" and list_checkpoints(folder / "checkpoints"):
+    folder = runs / run_id if run_id else _new_folder(runs, config["name"])
+    if resume != "auto" and (folder / RECORD).exists():
         raise UserError(f"run {folder} exists already", "give it another run_id, or continue it with resume=auto")
     if resume in ("auto", "none"):
         return folder, None
-    verify_checkpoint(Path(resume))
-    return folder, Path(resume)
+    checkpoint = Path(resume).resolve()
+    if not checkpoint.is_dir():
+        raise UserError(
+            f"resume is {resume!r}, and there is no such checkpoint", "auto, none or the path of a checkpoint"
+        )
+    verify_checkpoint(checkpoint)
+    return folder, checkpoint
+
+
+def _new_folder(runs: Path, name: str) -> Path:
+    """A folder that no other run has, named by the time."""
+    folder = runs / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    others = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
+    return folder if not folder.exists() else next(other for other in others if not other.exists())
 
 
 def _takes_up(folder: Path, config: Config) -> bool:
@@ -133,12 +156,33 @@ def _takes_up(folder: Path, config: Config) -> bool:
     )
 
 
-def _transforms(config: Config, schema: FeatureSchema, folder: Path) -> Transforms:
-    """Those of the run where it is taken up, or else fitted on the training split."""
-    from raysys.data.log import ParquetLog
-
-    if (folder / "transforms").exists():
+def _transforms(log: ParquetLog, seed: int, folder: Path, resume: Path | None) -> Transforms:
+    """Those of the run or checkpoint that is taken up, or else fitted on the training split."""
+    if list_checkpoints(folder / "checkpoints"):
         return Transforms.load(folder / "transforms")
-    return Transforms.fit(
-        schema, ParquetLog(split_path(config["data"]["folder"], "train"), schema), seed=config["seed"]
-    )
+    if resume is not None:
+        return Transforms.load(resume / "transforms")
+    return Transforms.fit(log.schema, log, seed=seed)
+
+
+def _intervals(job: Job) -> dict[str, dict[str, dict[str, tuple[float, float]]]]:
+    """95% intervals of AUC, NE and log-loss by split and binary task, from the predictions that the workers wrote."""
+    intervals: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
+    for path in sorted((job.folder / "predictions").glob("*.parquet")):
+        table = pq.read_table(path)
+        intervals[path.stem] = {
+            label.name: _task_intervals(table, label.name) for label in job.schema.labels if label.kind == "binary"
+        }
+    return intervals
+
+
+def _task_intervals(table: pa.Table, task: str) -> dict[str, tuple[float, float]]:
+    rows = table.filter(pc.field(f"{task}_weight") > 0)
+    label, probability, weight = (rows[f"{task}_{name}"].to_numpy() for name in ("label", "probability", "weight"))
+    return {metric: metric_interval(metric, label, probability, weight)[1:] for metric in ("auc", "ne", "log_loss")}
+
+
+def _bayes(job: Job) -> dict[str, Any]:
+    """The metrics of the true probabilities by split and task, where the data set is synthetic."""
+    path = Path(job.config["data"]["folder"]) / "prepared.json"
+    return json.loads(path.read_text()).get("bayes", {}) if path.exists() else {}
