@@ -1,0 +1,59 @@
+"""A prepared data set: one folder with the splits, schema.yaml and prepared.json, which appears when it is complete."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raysys.errors import UserError
+
+SPLITS = ("train", "valid", "test")
+
+
+def prepare_folder(folder: str | Path, arguments: dict[str, Any], write: Callable[[Path], None]) -> None:
+    """Let `write` fill a folder beside `folder` and rename it at the end; a folder with these arguments is left as it is.
+
+    arguments: plain data that decides what is written, the source's hash included; kept in prepared.json. Another
+    data set in the folder is a `UserError`: nothing is overwritten.
+    """
+    folder = Path(folder)
+    arguments = json.loads(json.dumps(arguments))
+    if _is_complete(folder, arguments):
+        print(f"{folder}: already prepared")
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        partial = Path(temporary) / folder.name
+        partial.mkdir()
+        write(partial)
+        rows = {split: pq.read_metadata(partial / f"{split}.parquet").num_rows for split in SPLITS}
+        content = {"arguments": arguments, "rows": rows}
+        (partial / "prepared.json").write_text(json.dumps(content, indent=1) + "\n")
+        partial.rename(folder)
+    print(f"{folder}: prepared ({', '.join(f'{count:,} {split}' for split, count in rows.items())} rows)")
+
+
+def write_table(path: Path, table: pa.Table, row_group_size: int = 8192) -> None:
+    """One Parquet file. Small row groups: a reader that shuffles or resumes decodes whole groups."""
+    pq.write_table(table, path, row_group_size=row_group_size, compression="zstd")
+
+
+def _is_complete(folder: Path, arguments: dict[str, Any]) -> bool:
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    if not (folder / "prepared.json").is_file():
+        raise UserError(f"{folder}: exists and is no prepared data set", "name another folder")
+    found = json.loads((folder / "prepared.json").read_text())["arguments"]
+    for key in sorted(found.keys() | arguments.keys()):
+        if found.get(key) != arguments.get(key):
+            raise UserError(
+                f"{folder}: was prepared with {key} = {found.get(key)!r}, not {arguments.get(key)!r}",
+                "name another folder, or remove this one",
+            )
+    return True
