@@ -7,6 +7,7 @@ named by `_target_` and get ordinary typed arguments, so a class of the user's o
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import hashlib
 import importlib
@@ -17,7 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -44,34 +45,69 @@ def compose(overrides: Sequence[str] = (), name: str = "train", config_dir: str 
     config_dir: a folder of the user's own config groups, searched after ours. A wrong key or group is a `UserError`
     that names the nearest valid one.
     """
-    search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
-    with initialize_config_dir(str(config_folder().resolve()), version_base="1.3"):
+    folders = [config_folder()]
+    if config_dir is not None:
+        if not Path(config_dir).is_dir():
+            raise UserError(f"--config-dir {config_dir}: no such folder")
+        folders.append(Path(config_dir).resolve())
+    search = [f"hydra.searchpath=['file://{folder}']" for folder in folders[1:]]
+    groups = [text for text in overrides if any((folder / text.partition("=")[0]).is_dir() for folder in folders)]
+
+    def known() -> Config:
+        """All keys of the config with the chosen group options."""
+        return dict(_items(_container(hydra_compose(name, [*search, *groups]))))
+
+    with initialize_config_dir(str(folders[0].resolve()), version_base="1.3"):
         try:
-            config = hydra_compose(name, [*search, *overrides])
+            config = hydra_compose(name, [*search, *_with_open_mappings(overrides, known)])
             content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         except (HydraException, OmegaConfBaseException) as error:
-            raise _explain(error, name) from error
+            raise _explain(error, known, folders) from error
     assert isinstance(content, dict)
     return {str(key): value for key, value in content.items()}
 
 
-def _explain(error: Exception, name: str) -> UserError:
-    """Hydra's composition error as one line with the nearest valid key, group option or spelling."""
+def _with_open_mappings(overrides: Sequence[str], known: Callable[[], Config]) -> list[str]:
+    """`key={...}` of a key that exists as `++key={...}`: Hydra takes every mapping for complete, also `clip: {}`.
+
+    What a mapping may hold is checked where it is used: by `validate`, or by the constructor that gets it.
+    """
+    mappings = {text.partition("=")[0] for text in overrides if text.partition("=")[2].lstrip().startswith("{")}
+    existing = mappings and mappings & known().keys()
+    return [f"++{text}" if text.partition("=")[0] in existing else text for text in overrides]
+
+
+def _explain(error: Exception, known: Callable[[], Config], folders: Sequence[Path]) -> UserError:
+    """Hydra's composition error as one line with the nearest valid key or group option."""
     text = str(error)
     if match := re.search(r"Could not override '([^']+)'", text):
-        wrong = match.group(1)
-        keys = list(_keys(_container(hydra_compose(name))))
-        close = difflib.get_close_matches(wrong, keys, n=1, cutoff=0.6)
-        siblings = [key for key in keys if key.rpartition(".")[0] == wrong.rpartition(".")[0]]
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys there: {', '.join(siblings) or ', '.join(keys)}"
-        return UserError(f"unknown config key {wrong!r}", hint)
+        return _unknown_key(match.group(1), known())
     if match := re.search(r"Could not find '([^']+)'", text):
         group, _, option = match.group(1).rpartition("/")
-        options = sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
+        options = {path.stem for folder in folders for path in (folder / group).glob("*.yaml")}
         return UserError(f"no config {option!r} in group {group or '/'!r}", nearest(option, options))
     if match := re.search(r"Missing mandatory value: (\S+)", text):
         return UserError(f"config key {match.group(1)!r} has no default", f"give it: {match.group(1)}=...")
+    if match := re.search(r"You must specify '([^']+)'", text):
+        options = {path.stem for folder in folders for path in (folder / match.group(1)).glob("*.yaml")}
+        return UserError(
+            f"config group {match.group(1)!r} has no default", f"take one of: {', '.join(sorted(options))}"
+        )
+    if match := re.search(r"Error parsing override '([^']+)'|^(LexerNoViableAlt|no viable alternative).*", text):
+        return UserError(
+            f"{match.group(1) or text.splitlines()[0]!r} is no override", "write key=value, in quotes where needed"
+        )
     return UserError("config: " + " ".join(text.split()))
+
+
+def _unknown_key(wrong: str, known: Config) -> UserError:
+    parent, _, last = wrong.rpartition(".")
+    if known.get(parent, {}) is None:
+        return UserError(f"config key {wrong!r}: {parent} is null", f"give it as a whole: {parent}={{{last}: ...}}")
+    close = difflib.get_close_matches(wrong, known, n=1, cutoff=0.6)
+    siblings = [key for key in known if key.rpartition(".")[0] == parent]
+    hint = f"did you mean {close[0]!r}?" if close else f"known keys there: {', '.join(siblings) or ', '.join(known)}"
+    return UserError(f"unknown config key {wrong!r}", hint)
 
 
 def _container(config: Any) -> Config:
@@ -80,30 +116,36 @@ def _container(config: Any) -> Config:
     return {str(key): value for key, value in content.items()}
 
 
-def _keys(config: Config, prefix: str = "") -> Iterator[str]:
+def _items(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All keys with their values, nested ones as `group.key`."""
     for key, value in config.items():
-        yield prefix + key
+        yield prefix + key, value
         if isinstance(value, dict):
-            yield from _keys(value, f"{prefix}{key}.")
+            yield from _items(value, f"{prefix}{key}.")
 
 
 def instantiate(node: Config, *args: Any, allowed: Sequence[str] | None = None, **kwargs: Any) -> Any:
     """Call the class or function that `node["_target_"]` names with the node's other keys and the given arguments.
 
-    Nested nodes with a `_target_` are instantiated first. allowed: module prefixes such as `raysys.` outside of which a
-    target is refused (for configs that come with a bundle). An unknown argument is a `UserError` with the nearest one.
+    Nested nodes with a `_target_` are instantiated first. allowed: see `locate`. An unknown or missing argument is a
+    `UserError`.
     """
     path = node.get("_target_")
     if not isinstance(path, str):
         raise UserError(f"a config node needs a _target_ that names a class, found keys {', '.join(node)}")
     target = locate(path, allowed)
     values = {key: _instantiate_nested(value, allowed) for key, value in node.items() if key != "_target_"} | kwargs
-    parameters = inspect.signature(target).parameters
+    signature = inspect.signature(target)
+    parameters = signature.parameters
     if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         for key in values:
             if key not in parameters:
                 known = [name for name in parameters if name not in kwargs][len(args) :]
                 raise UserError(f"{path} has no argument {key!r}", nearest(key, known))
+    try:
+        signature.bind(*args, **values)
+    except TypeError as error:
+        raise UserError(f"{path}: {error}", "give it in the config node that names this _target_") from None
     return target(*args, **values)
 
 
@@ -118,18 +160,29 @@ def _instantiate_nested(value: Any, allowed: Sequence[str] | None) -> Any:
 
 
 def locate(path: str, allowed: Sequence[str] | None = None) -> Callable[..., Any]:
-    """The class or function of a dotted path; a `UserError` where it does not exist or stands outside `allowed`."""
-    if allowed is not None and not any(path.startswith(prefix) for prefix in allowed):
+    """The class or function of a dotted path; a `UserError` where it does not exist.
+
+    allowed: for a config that comes with a bundle, the prefixes of what it may name, such as `raysys.`: a class that is
+    defined there. A function could do anything with its arguments, and a module holds what it has imported, too.
+    """
+    if allowed is not None and not path.startswith(tuple(allowed)):
         raise UserError(f"_target_ {path!r} is refused", f"allowed prefixes: {', '.join(allowed)}")
     module_name, _, name = path.rpartition(".")
+    if not module_name:
+        raise UserError(f"_target_ {path!r} is no dotted path", "write package.module.Class")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise UserError(f"_target_ {path!r}: {error}", "is the package on PYTHONPATH?") from None
-    if not callable(getattr(module, name, None)):
+    target = getattr(module, name, None)
+    if not callable(target):
         callables = [key for key, value in vars(module).items() if inspect.isclass(value) or inspect.isfunction(value)]
         raise UserError(f"_target_ {path!r}: module {module_name!r} has no {name!r}", nearest(name, callables))
-    return getattr(module, name)
+    if allowed is not None and not (inspect.isclass(target) and target.__module__.startswith(tuple(allowed))):
+        raise UserError(
+            f"_target_ {path!r} is refused: it is no class of {module_name!r}", "a bundle names classes only"
+        )
+    return target
 
 
 def validate(kind: type[T], node: Config, where: str) -> T:
@@ -140,9 +193,18 @@ def validate(kind: type[T], node: Config, where: str) -> T:
         first = error.errors()[0]
         key = ".".join([where, *(str(part) for part in first["loc"])])
         if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            known = [found for found in _keys(TypeAdapter(kind).dump_python(kind())) if "." not in found]
-            raise UserError(f"unknown config key {key!r}", nearest(str(first["loc"][-1]), known)) from None
+            raise UserError(
+                f"unknown config key {key!r}", nearest(str(first["loc"][-1]), _fields(kind, first["loc"][:-1]))
+            ) from None
         raise UserError(f"config key {key!r} is {first['input']!r}", first["msg"]) from None
+
+
+def _fields(kind: Any, path: Sequence[int | str]) -> list[str]:
+    """The fields of the dataclass at `path` within another one, through optional values and mappings."""
+    for part in path:
+        kind = get_type_hints(kind).get(str(part), kind)
+        kind = next(inner for inner in (kind, *get_args(kind)) if dataclasses.is_dataclass(inner))
+    return [field.name for field in dataclasses.fields(kind)]
 
 
 def fingerprint(config: Config) -> str:
