@@ -198,7 +198,7 @@ def make_pipeline(
             self.step_number += 1
 
     if kind == "sparse_dist":
-        return TrainPipelineSparseDist(model, Stepper(), device, execute_all_batches=True)
+        return TrainPipelineSparseDist(model, Stepper(), device, pipeline_postproc=True)
     return TrainPipelineBase(model, Stepper(), device)
 
 
