@@ -20,7 +20,8 @@ _ENDS = 65_536
 def open_source(path: str | Path) -> pads.Dataset:
     """A file, or a folder of files of one kind, at a path or at any URI that pyarrow knows.
 
-    CSV and TSV have a header; the types of their columns are those of the first block of each file.
+    CSV and TSV have a header; the types of their columns are those of the first block of each file. What stands there
+    without quotes as nothing, NA, null or nan is null.
     """
     path = str(path)
     filesystem, _, listed = _list(path)
@@ -35,7 +36,10 @@ def open_source(path: str | Path) -> pads.Dataset:
     kind = kinds.pop()
     layout: pads.FileFormat = pads.ParquetFileFormat()
     if kind != "parquet":
-        layout = pads.CsvFileFormat(pacsv.ParseOptions(delimiter="," if kind == "csv" else "\t"))
+        layout = pads.CsvFileFormat(
+            pacsv.ParseOptions(delimiter="," if kind == "csv" else "\t"),
+            convert_options=pacsv.ConvertOptions(strings_can_be_null=True, quoted_strings_can_be_null=False),
+        )
     try:
         return pads.dataset(files, format=layout, filesystem=filesystem)
     except (pa.ArrowException, OSError) as error:
