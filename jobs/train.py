@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from raysys.config import Config, instantiate, run_job
+from raysys.errors import UserError
 from raysys.report.events import EventWriter
 from raysys.report.html import write_report
 from raysys.report.progress import Progress
@@ -22,9 +23,12 @@ from raysys.train.trainer import Prepared, fit, prepare
 def main(config: Config) -> None:
     """Prepare the data where it is missing, train, export the bundle and write the report."""
     console = Console()
-    if config["data"].get("prepare") and not Path(config["data"]["folder"]).exists():
-        console.print(f"preparing {config['data']['folder']}")
-        instantiate(config["data"]["prepare"])
+    data = config["data"]
+    if data.get("prepare") and not Path(data["folder"]).exists():
+        if config["dry_run"]:
+            raise UserError(f"{data['folder']}: no data yet, and a dry run writes none", "run jobs/prepare.py first")
+        console.print(f"preparing {data['folder']}")
+        instantiate(data["prepare"])
     prepared = prepare(config)
     print_start(prepared.facts, format_plan(prepared.plan), console)
     if config["dry_run"]:
@@ -37,7 +41,7 @@ def main(config: Config) -> None:
 
 
 def train(prepared: Prepared, console: Console) -> None:
-    """Run the prepared job; its report is written whatever happens."""
+    """Run the prepared job; its report is written also where it fails."""
     folder = prepared.job.folder
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -47,9 +51,12 @@ def train(prepared: Prepared, console: Console) -> None:
         if outcome.status != "interrupted":
             export_run(folder)
     finally:
-        report = write_report(folder)
+        if (
+            folder / "events.jsonl"
+        ).exists():  # else an error kept the run from starting, and is on its way to the user
+            report = write_report(folder)
     print_summary(folder, read_record(folder) or {}, report, console)
 
 
 if __name__ == "__main__":
-    run_job(main, "train", __doc__)
+    run_job(main, "train", __doc__, can_dry_run=True)

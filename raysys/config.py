@@ -212,15 +212,23 @@ def fingerprint(config: Config) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def run_job(main: Callable[[Config], None], name: str, description: str, argv: Sequence[str] | None = None) -> None:
+def run_job(
+    main: Callable[[Config], None],
+    name: str,
+    description: str,
+    argv: Sequence[str] | None = None,
+    can_dry_run: bool = False,
+) -> None:
     """Start a job: compose its config from the command line, call `main`, and end errors of the user in one line.
 
+    The config that `main` gets has two keys more: `debug`, and `dry_run` where the job can do that.
     Exit status: 0, 2 after a `UserError` (message and hint on stderr; `--debug` shows the traceback), 130 after Ctrl-C.
     """
     parser = argparse.ArgumentParser(description=description, epilog="Config keys: group=option or key.path=value.")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
     parser.add_argument("--config-dir", help="a folder with config groups of your own")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be done and do nothing")
+    if can_dry_run:
+        parser.add_argument("--dry-run", action="store_true", help="print what would be done and do nothing")
     parser.add_argument("--show-config", action="store_true", help="print the resolved config and do nothing")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_intermixed_args(argv)
@@ -229,7 +237,7 @@ def run_job(main: Callable[[Config], None], name: str, description: str, argv: S
         if arguments.show_config:
             print(OmegaConf.to_yaml(config), end="")
             return
-        main(config | {"dry_run": arguments.dry_run, "debug": arguments.debug})
+        main(config | {key: value for key, value in vars(arguments).items() if key in ("debug", "dry_run")})
     except UserError as error:
         if arguments.debug:
             traceback.print_exc()

@@ -20,12 +20,13 @@ def open_run(folder: Path, checkpoint: Path | None = None) -> tuple[Job, dict[st
 
     checkpoint: None takes the one that the record names as best, or else the newest.
     """
+    folder = folder.resolve()
     record = read_record(folder)
     if record is None:
         raise UserError(f"{folder}: no run (run.json is missing)", "raysys runs lists them")
     newest = list_checkpoints(folder / "checkpoints")
     kept = folder / "checkpoints" / Path(record["checkpoint"]).name if record.get("checkpoint") else None
-    path = checkpoint or kept or (newest[-1] if newest else None)
+    path = (checkpoint.resolve() if checkpoint else None) or kept or (newest[-1] if newest else None)
     if path is None:
         raise UserError(f"{folder}: the run has no checkpoint", "let it train until one is written")
     schema, transforms = FeatureSchema.load(folder / "schema.yaml"), Transforms.load(folder / "transforms")

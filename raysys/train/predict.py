@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +14,76 @@ import torch
 from torchrec.distributed.types import ShardingPlan
 
 from raysys.bundle import to_predictions
+from raysys.config import Config
 from raysys.data.batch import Batch
 from raysys.data.log import ParquetLog
+from raysys.errors import UserError
 from raysys.nn.calibration import Calibrator, calibration_from_dict
 from raysys.nn.collectives import communication_device, global_sum, rank, world_size
-from raysys.train.job import Job
-from raysys.train.launch import Worker
+from raysys.train.export import open_run
+from raysys.train.job import Job, absolute, device_type
+from raysys.train.launch import Worker, launch
+from raysys.train.optimizers import OptimizerSettings
+from raysys.train.plan import ShardingSettings, TablePlan, plan_tables
 from raysys.train.sharding import shard, unwrap
+from raysys.train.sparse_optimizers import SparseOptimizer
 from raysys.train.state import load_weights
+
+_NO_STATE = OptimizerSettings(sparse=SparseOptimizer(name="sgd"))
+"""Nothing is trained here, so no table needs an optimiser's state, nor a device that has the run's optimiser."""
+
+
+def predict(run: Path, log_path: str, output: Path, trainer: Config, checkpoint: Path | None = None) -> int:
+    """Score the log at a path or URI into the folder `output`, which appears when all is done, and return its rows.
+
+    trainer: where the workers run, as the `trainer` group of a training config. checkpoint: None takes the run's best one.
+    Columns: example_id, and per task `<task>_probability` (`<task>_prediction` of a regression task).
+    """
+    output, log_path = output.resolve(), absolute(log_path)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} is there already", "name a folder that does not exist")
+    job, record = open_run(run, checkpoint)
+    writing = output.with_name(f"{output.name}.writing")
+    job = dataclasses.replace(job, config=job.config | {"trainer": trainer}, folder=writing)
+    work = partial(
+        predict_worker,
+        plan=_plan(job, log_path, record["device"]),
+        log_path=log_path,
+        output=writing / "scores",
+        calibration=record.get("calibration") or {},
+    )
+    shutil.rmtree(writing, ignore_errors=True)
+    try:
+        rows = launch(job, work, emit=lambda event: None, can_stop=False)
+        if output.exists():
+            output.rmdir()
+        (writing / "scores").rename(output)
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
+    return rows
+
+
+def _plan(job: Job, log_path: str, trained_on: str) -> TablePlan:
+    """Checks the log, and places the tables as the run did, or anew on another kind of device."""
+    log = ParquetLog(log_path, job.schema, labels=False)
+    workers = 1 if job.trainer.kind == "local" else job.trainer.workers
+    reader = job.reader(log, training=False, rank=0, world_size=workers, labels=False)
+    device = device_type(job.trainer)
+    sharding = job.train.sharding if device == trained_on else ShardingSettings()
+    return plan_tables(job.train_step("meta"), workers, device, reader.local_batch_size, sharding, _NO_STATE)
 
 
 @torch.no_grad()
 def predict_worker(worker: Worker, plan: ShardingPlan, log_path: str, output: Path, calibration: dict[str, Any]) -> int:
-    """Score this rank's rows of a log into `output/part-<rank>.parquet` and return the rows of all ranks (collective).
-
-    Columns: example_id, and per task `<task>_probability` (`<task>_prediction` of a regression task).
-    """
+    """Score this rank's rows of a log into `output/part-<rank>.parquet` and return the rows of all ranks (collective)."""
     job, device = worker.job, worker.device
-    model = shard(job.train_step("meta"), plan, device, job.train.optimizers, seed=job.seed)
+    model = shard(job.train_step("meta"), plan, device, _NO_STATE, seed=job.seed)
     assert job.resume is not None
     load_weights(job.resume, model)
     ranker, calibrators = unwrap(model).model.eval(), calibration_from_dict(calibration)
     log = ParquetLog(log_path, job.schema, labels=False)
     reader = job.reader(log, training=False, rank=rank(), world_size=world_size(), labels=False)
+    output.mkdir(parents=True, exist_ok=True)
     rows = 0
     with pq.ParquetWriter(output / f"part-{rank():05d}.parquet", _schema(job)) as writer:
         for batch, _ in reader.epoch():

@@ -1,0 +1,19 @@
+"""Prepare a data set, which training does by itself where it is missing: `python jobs/prepare.py data=movielens`."""
+
+from __future__ import annotations
+
+from raysys.config import Config, instantiate, run_job
+from raysys.errors import UserError
+
+
+def main(config: Config) -> None:
+    """Write train, valid and test splits and their schema."""
+    data = config["data"]
+    if not data.get("prepare"):
+        raise UserError(f"{data['folder']}: this data set has nothing to prepare", "it is used as it is")
+    instantiate(data["prepare"])
+    print(f"prepared: {data['folder']}")
+
+
+if __name__ == "__main__":
+    run_job(main, "prepare", __doc__)
