@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -46,8 +47,9 @@ class FullyShardedWrapper(DefaultDataParallelWrapper):
     def wrap(self, dmp: DistributedModelParallel, env: ShardingEnv, device: torch.device) -> None:
         """Shard the dense modules of `dmp` in place."""
         mesh = self._mesh(device, env.world_size)
-        root = dmp.module.to(device)
-        for module in _dense_modules(root):
+        for module in _dense_modules(dmp.module.to(device)):
+            for tensor in (*module.parameters(), *module.buffers()):
+                dist.broadcast(tensor.detach(), 0, group=env.process_group)  # as DDP does: all start from rank 0
             fully_shard(module, mesh=mesh)
         self._additional_params_to_ignore |= {
             name for name, parameter in dmp.named_parameters() if isinstance(parameter, DTensor)

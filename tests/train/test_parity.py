@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -22,7 +23,6 @@ from raysys.train.step import TrainStep
 from raysys.train.tables import find_tables, gather_table, table_weights
 
 STEPS, ROWS, LR = 20, 24, 0.1
-TYPES = {"TW": "table_wise", "CW": "column_wise", "RW": "row_wise", "DP": "data_parallel"}
 SCHEMA = FeatureSchema.from_dict(
     {
         "tables": {
@@ -147,16 +147,18 @@ def plain_training(name: str) -> tuple[list[float], dict[str, torch.Tensor]]:
     return losses, {name: value.detach().clone() for name, value in step.state_dict().items()}
 
 
-def sharded_training(kind: str, name: str, pipeline: str) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The same on the ranks of the process group, each with its share of the rows (interleaved, as readers do)."""
+def sharded_training(kinds: dict[str, str], name: str, pipeline: str = "base", dense_parallel: str = "ddp"):
+    """The same on the ranks of the process group, each with its share of the rows (interleaved, as readers do).
+
+    Returns losses, whole tables and dense parameters, and how many collections the pipeline looks up ahead.
+    """
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     tables = {
-        table: TableSharding((TYPES[kind],), min_partition=4 if kind == "CW" else None)
-        for table in ("user", "tag", "brand", "item")
+        table: TableSharding((kind,), min_partition=4 if "column" in kind else None) for table, kind in kinds.items()
     }
     plan = plan_tables(train_step(), world_size, "cpu", ROWS, ShardingSettings(tables=tables), settings(name))
     device = torch.device("cpu")
-    model = shard(train_step(), plan, device, settings(name))
+    model = shard(train_step(), plan, device, settings(name), dense_parallel=dense_parallel)
     optimizers = StepCounter(build_optimizers(model, settings(name), STEPS))
     batches = iter([global_batch(i, slice(rank, ROWS, world_size)) for i in range(STEPS)])
     if pipeline == "base":
@@ -165,11 +167,13 @@ def sharded_training(kind: str, name: str, pipeline: str) -> tuple[list[float], 
         pipe = TrainPipelineSparseDist(model, optimizers, device, pipeline_postproc=True)
     model.train()
     losses = [pipe.progress(batches)["losses"]["loss"].item() for _ in range(STEPS)]
-    if pipeline == "sparse_dist":
-        assert len(pipe._pipelined_modules) == 2  # the bags and the ids, none left behind
     weights = {key: gather_table(value) for key, value in table_weights(model).items()}
-    dense = {key: value.detach().clone() for key, value in model.named_parameters() if "embeddings." not in key}
-    return losses, weights | dense
+    dense = {key: whole(value.detach()) for key, value in model.named_parameters() if "embeddings." not in key}
+    return losses, weights | dense, len(getattr(pipe, "_pipelined_modules", ()))
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value.clone()
 
 
 class StepCounter:
@@ -186,25 +190,61 @@ class StepCounter:
         self.done += 1
 
 
+def check_against_plain(results: list, name: str) -> None:
+    plain_losses, plain_weights = plain_training(name)
+    losses = torch.tensor([losses for losses, *_ in results]).mean(0)
+    torch.testing.assert_close(losses, torch.tensor(plain_losses), rtol=1e-5, atol=0)
+    for key, value in results[0][1].items():
+        torch.testing.assert_close(value, plain_weights[PLAIN_NAMES.get(key, key)], rtol=1e-5, atol=1e-6)
+
+
+TABLES = ("user", "tag", "brand", "item")
+PLAIN_NAMES = {table: f"model.embeddings.bags.embedding_bags.{table}.weight" for table in TABLES}
+PLAIN_NAMES["item"] = "model.embeddings.ids_8.embeddings.item.weight"
 LAYOUTS = [
     (kind, world_size, name)
     for name in ("adagrad", "sgd", "rowwise_adagrad")
-    for kind in TYPES
+    for kind in ("table_wise", "column_wise", "row_wise", "data_parallel")
     for world_size in (1, 2, 3)
-    if not (kind == "CW" and name == "rowwise_adagrad")
+    if not (kind == "column_wise" and name == "rowwise_adagrad")
 ]
 
 
 @pytest.mark.parametrize(("kind", "world_size", "name"), LAYOUTS)
-def test_parity(gloo, kind, world_size, name):
-    plain_losses, plain_weights = plain_training(name)
-    results = gloo.run(world_size, sharded_training, kind, name, "base")
-    losses = torch.tensor([losses for losses, _ in results]).mean(0)
-    torch.testing.assert_close(losses, torch.tensor(plain_losses), rtol=1e-5, atol=0)
-    for key, value in results[0][1].items():
-        expected = next(plain for name, plain in plain_weights.items() if name in (key, *_table_names(key)))
-        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+def test_a_sharding_type_trains_as_plain_torch_does(gloo, kind, world_size, name):
+    results = gloo.run(world_size, sharded_training, dict.fromkeys(TABLES, kind), name)
+    check_against_plain(results, name)
 
 
-def _table_names(key: str) -> list[str]:
-    return [f"model.embeddings.{part}.{key}.weight" for part in ("bags.embedding_bags", "ids_8.embeddings")]
+@pytest.mark.parametrize("pipeline", ["base", "sparse_dist"])
+def test_both_pipelines_train_a_mixed_plan_as_plain_torch_does(gloo, pipeline):
+    kinds = {"user": "row_wise", "tag": "data_parallel", "brand": "column_wise", "item": "row_wise"}
+    results = gloo.run(2, sharded_training, kinds, "adagrad", pipeline)
+    check_against_plain(results, "adagrad")
+    assert results[0][2] == (2 if pipeline == "sparse_dist" else 0)  # bags and ids are both looked up ahead
+
+
+def test_pipelines_give_the_same_losses_bit_for_bit(gloo):
+    kinds = dict(zip(TABLES, ("table_wise", "row_wise", "data_parallel", "table_wise"), strict=True))
+    base, ahead = (gloo.run(2, sharded_training, kinds, "adagrad", pipeline) for pipeline in ("base", "sparse_dist"))
+    assert [losses for losses, *_ in base] == [losses for losses, *_ in ahead]
+
+
+def test_table_row_wise_bags_train_as_plain_torch_does(gloo):
+    kinds = dict(zip(TABLES, ("table_row_wise", "table_row_wise", "table_wise", "table_wise"), strict=True))
+    check_against_plain(gloo.run(2, sharded_training, kinds, "adagrad"), "adagrad")
+
+
+@pytest.mark.parametrize(("dense_parallel", "world_size", "workers_per_host"), [("fsdp", 2, 2), ("hsdp", 4, 2)])
+def test_a_sharded_dense_part_trains_as_plain_torch_does(gloo, dense_parallel, world_size, workers_per_host):
+    kinds = dict.fromkeys(TABLES, "table_wise")
+    arguments = (kinds, "adagrad", "base", dense_parallel)
+    results = gloo.run(world_size, sharded_training, *arguments, local_world_size=workers_per_host)
+    check_against_plain(results, "adagrad")
+
+
+@pytest.mark.parametrize("name", ["adagrad", "sgd", "rowwise_adagrad"])
+def test_every_table_moves(name):
+    before, after = train_step("cpu").state_dict(), plain_training(name)[1]
+    for key in PLAIN_NAMES.values():
+        assert (before[key] != after[key]).any(1).float().mean() > 0.5
