@@ -30,6 +30,7 @@ FORMAT = 1
 """The version of the saved form."""
 REQUEST = Source("rows")
 """Where raw rows come from that are not of a log."""
+_CHECKED = 1000  # sets of columns that are remembered as checked
 
 
 class Transforms:
@@ -98,7 +99,8 @@ class Transforms:
         """The raw rows in numpy, from which batches are cut; `source` names them in errors and numbers them."""
         self._check(rows.schema, source, labels)
         schema, num_rows = self.schema, rows.num_rows
-        columns = {name: whole(rows[name]) for name in schema.columns(labels) if name in rows.schema.names}
+        given = set(rows.schema.names)
+        columns = {name: whole(rows[name]) for name in schema.columns(labels) if name in given}
         arrays: dict[str, Any] = encode_row_ids(columns, schema, num_rows, source)
         arrays["dense"] = encode_dense(columns, schema, self.normalizers, num_rows, source)
         arrays |= encode_labels(columns, schema, num_rows, source) if labels else no_labels(schema, num_rows)
@@ -163,6 +165,8 @@ class Transforms:
                     f"{source.name}: column {role.column!r} has type {kind}, fitted was {self._types[role.column]}",
                     "5, '5' and [5] are different things: write the column with one type everywhere",
                 )
+        if len(self._checked) > _CHECKED:  # requests with every combination of null columns
+            self._checked.clear()
         self._checked.add((columns, labels))
 
 
