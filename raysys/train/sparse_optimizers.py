@@ -57,8 +57,8 @@ _KINDS: dict[str, _Kind] = {
 class SparseOptimizer:
     """The optimiser of all embedding tables. Row-wise Adagrad keeps one accumulator per row instead of one per weight.
 
-    weight_decay: an L2 term for row-wise Adagrad, decoupled for adam, partial_rowwise_adam and lamb; it acts on the rows
-    that a batch looks up only. betas: adam, partial_rowwise_adam and lamb.
+    weight_decay: on CUDA, an L2 term for row-wise Adagrad, decoupled for adam, partial_rowwise_adam and lamb; it acts on
+    the rows that a batch looks up only. betas: adam, partial_rowwise_adam and lamb.
     """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
@@ -102,11 +102,11 @@ class SparseOptimizer:
             raise UserError(
                 f"train.optimizers.sparse.name is {self.name!r}, which fbgemm has on CUDA only", f"on a CPU: {there}"
             )
-        if self.weight_decay and not kind.has_weight_decay:
+        if self.weight_decay and (device == "cpu" or not kind.has_weight_decay):
             have = ", ".join(name for name in get_args(SparseName) if _KINDS[name].has_weight_decay)
             raise UserError(
-                f"train.optimizers.sparse.weight_decay is {self.weight_decay}, which fused {self.name} does not have",
-                f"set it to 0 or take one of: {have}",
+                f"train.optimizers.sparse.weight_decay is {self.weight_decay}, which fused {self.name} ignores on {device}",
+                f"set it to 0 (objective.embedding_l2 works everywhere); on CUDA these have it: {have}",
             )
 
     def fused_params(self) -> dict[str, Any]:
