@@ -8,12 +8,13 @@ check failed.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,12 +22,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import bench_bare
 import torch
 import torch.distributed as dist
 from torch import nn
 from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
 
-from raysys.data.batch import Batch
 from raysys.data.log import ParquetLog
 from raysys.data.reader import Reader
 from raysys.data.synthetic import prepare_criteo_shaped
@@ -81,7 +82,8 @@ class Checks:
     def __init__(self, folder: Path) -> None:
         prepare_criteo_shaped(folder, rows=30 * BATCH)
         self.schema = FeatureSchema.load(folder / "schema.yaml")
-        log = ParquetLog(str(folder / "train"), self.schema)
+        self.train_path = str(folder / "train")
+        log = ParquetLog(self.train_path, self.schema)
         self.transforms = Transforms.fit(self.schema, log)
         reader = Reader(log, self.transforms, BATCH, prefetch=0)
         self.batches = [batch for batch, _ in reader.epoch() if len(batch) == BATCH][:STEPS]
@@ -165,21 +167,29 @@ class Checks:
         return {"difference": float(torch.stack(differences).max()), "bytes": size}
 
     def speed(self, model: str, pipeline: str, precision: Precision) -> dict[str, Any]:
-        """Rows per second with batches in host memory: median of 5 windows of 20 steps, after a warm-up."""
+        """Rows per second from batches in host memory, beside the bare loop: medians of 5 turns each, taken in turn."""
+        bare_name = {"DLRM": "dlrm", "DCNv2": "dcn", "DHEN": "dhen"}[model]
         with process_group(CUDA):
-            setup = Setup(model=model, pipeline=pipeline, precision=precision)
-            sharded, optimizers = self.build(setup)
-            runner = make_pipeline(pipeline, sharded, optimizers, CUDA)
-            batches = endless([batch.pin_memory() for batch in self.batches])
-            speeds = []
-            for _ in range(6):
-                torch.cuda.synchronize()
-                started = time.perf_counter()
-                for _ in range(STEPS):
-                    runner.progress(batches)
-                torch.cuda.synchronize()
-                speeds.append(STEPS * BATCH / (time.perf_counter() - started))
-            return {"rows_per_second": round(median(speeds[1:]))}
+            bare_batches = [batch.pin_memory() for batch in bench_bare.read_batches(self.train_path, BATCH)[:STEPS]]
+            bare = bench_bare.run(bench_bare.Model(bare_name), bare_batches, CUDA, STEPS, pipeline)
+            own = self.turns(Setup(model=model, pipeline=pipeline, precision=precision))
+            rates = [(next(own), next(bare)) for _ in range(5)]
+        own_rate, bare_rate = (median(column) for column in zip(*rates, strict=True))
+        return {"rows_per_second": round(own_rate), "bare": round(bare_rate), "ratio": round(own_rate / bare_rate, 3)}
+
+    def turns(self, setup: Setup) -> Iterator[float]:
+        """Rows per second, turn after turn of STEPS steps, after a warm-up."""
+        model, optimizers = self.build(setup)
+        pipeline = make_pipeline(setup.pipeline, model, optimizers, setup.device)
+        batches = itertools.cycle([batch.pin_memory() for batch in self.batches])
+        for turn in itertools.count():
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            for _ in range(STEPS):
+                pipeline.progress(batches)
+            torch.cuda.synchronize()
+            if turn > 0:
+                yield STEPS * BATCH / (time.perf_counter() - started)
 
 
 def make_pipeline(
@@ -200,12 +210,6 @@ def make_pipeline(
     if kind == "sparse_dist":
         return TrainPipelineSparseDist(model, Stepper(), device, pipeline_postproc=True)
     return TrainPipelineBase(model, Stepper(), device)
-
-
-def endless(batches: Sequence[Batch]) -> Iterator[Batch]:
-    """The batches over and over."""
-    while True:
-        yield from batches
 
 
 @contextmanager
