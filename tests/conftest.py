@@ -1,4 +1,4 @@
-"""What tests of every folder share: one Ray instance, figures for the record of `make soak`, and the list of allowed skips."""
+"""What tests of every folder share: a tiny data set, one Ray instance, the record of `make soak`, the list of allowed skips."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -23,20 +24,141 @@ import pytest
 RAY_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # ray.train.report is a barrier that is drained this often (2 s by default)
 }
+ROOT = Path(__file__).parents[1]
+TINY_SCHEMA = {
+    "tables": {
+        "user": {"num_embeddings": 30, "embedding_dim": 16},
+        "item": {"num_embeddings": 40, "embedding_dim": 16},
+        "tag": {"num_embeddings": 20, "embedding_dim": 8},
+        "brand": {"num_embeddings": 6, "embedding_dim": 16},
+    },
+    "dense": [{"name": "price", "transform": "log_standardize"}, {"name": "age", "missing_flag": True}],
+    "sparse": [
+        {"name": "user", "table": "user", "side": "user"},
+        {"name": "item", "table": "item", "side": "item", "encoding": "index"},
+        {"name": "tags", "table": "tag", "encoding": "hash", "max_length": 3},
+        {"name": "brand", "table": "brand", "side": "item", "encoding": "index"},
+    ],
+    "sequences": [
+        {"name": "seen", "features": [{"name": "history", "table": "item", "encoding": "index"}], "max_length": 4}
+    ],
+    "labels": [{"name": "click"}, {"name": "spend", "kind": "regression", "required": False}],
+    "example_id": "row",
+    "group_id": "user",
+}
+TINY_CONFIGS = {
+    "model/tiny": {
+        "_target_": "raysys.models.ranking.dhen.DHEN",
+        "embedding_dim": 16,
+        "layers": 1,
+        "modules": ["dot", "linear"],
+        "tokens_out": 4,
+        "hidden": [8],
+        "bottom": [8],
+        "tower": [8],
+        "dropout": 0.2,
+        "embedding_dropout": 0.0,
+    },
+    "model/user": {"_target_": "tinypkg.models.Perceptron", "hidden": 8},
+    "objective/faulty": {"_target_": "tinypkg.objectives.Faulty", "fault": "none", "step": 0, "rank": 0, "marker": ""},
+}
 RECORDED_VERSIONS = ("torch", "torchrec", "fbgemm-gpu", "ray", "numpy")
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
+def ray_cluster(tiny_package: Path) -> Iterator[None]:
     """A local Ray with 4 logical CPUs, shared by the whole session: a second one on a machine disturbs the first."""
     import ray
 
     with pytest.MonkeyPatch.context() as patch:
         for name, value in RAY_ENVIRONMENT.items():
             patch.setenv(name, value)
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(tiny_package), os.environ.get("PYTHONPATH", "")]))
         ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
         yield
         ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A click log of 2,101 rows with every kind of feature: strings, hashes, bags, a history, nulls, two tasks."""
+    import pyarrow.parquet as pq
+    import yaml
+
+    folder, first = tmp_path_factory.mktemp("data"), 0
+    (folder / "schema.yaml").write_text(yaml.safe_dump(TINY_SCHEMA))
+    for split, rows in {"train": 1500, "valid": 300, "test": 301}.items():
+        pq.write_table(tiny_rows(first, rows), folder / f"{split}.parquet", row_group_size=400)
+        first += rows
+    return folder
+
+
+def tiny_rows(first: int, rows: int) -> Any:
+    """Rows of the log, whose clicks depend on user and item."""
+    import numpy as np
+    import pyarrow as pa
+
+    rng = np.random.default_rng(first)
+    user, item = rng.integers(0, 35, rows), rng.integers(0, 40, rows)
+    tags, history = [[rng.integers(0, high, rng.integers(0, 5)) for _ in range(rows)] for high in (100, 40)]
+    logit = 2 * np.sin(user) + 2 * np.cos(2 * item) - 0.5
+    click = rng.random(rows) < 1 / (1 + np.exp(-logit))
+    columns = {
+        "row": np.arange(first, first + rows),
+        "user": [f"u{number}" for number in user],
+        "item": item,
+        "brand": item % 6,
+        "tags": tags,
+        "history": history,
+        "price": rng.lognormal(size=rows),
+        "age": pa.array(rng.normal(size=rows), mask=rng.random(rows) < 0.1),
+        "click": click.astype(np.int8),
+        "spend": pa.array(logit + rng.normal(size=rows), mask=~click),
+    }
+    return pa.table(columns)
+
+
+@pytest.fixture(scope="session")
+def tiny_package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder outside of the repository, on `sys.path`, with the package `tinypkg`, as a user of raysys would have one."""
+    folder = tmp_path_factory.mktemp("package")
+    shutil.copytree(Path(__file__).parent / "tinypkg", folder / "tinypkg")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def tiny_configs(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, tiny_package: Path) -> Path:
+    """A folder of config groups for `--config-dir`: the data set, a DHEN with dropout, and what `tinypkg` has."""
+    folder = tmp_path_factory.mktemp("configs")
+    data = {"folder": str(tiny_data), "shards": 6, "shuffle_rows": 100, "prefetch": 2}
+    for name, content in {"data/tiny": data, **TINY_CONFIGS}.items():
+        path = folder / f"{name}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture
+def tiny_config(tiny_configs: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """`tiny_config("train.epochs=2", name="train")`: a config of the tiny data set and model, runs in `tmp_path`."""
+    from raysys.config import compose
+
+    groups = ["data=tiny", "model=tiny", f"runs_folder={tmp_path}/runs", "train.batch_size=150", "train.log_every=1"]
+    return lambda *overrides: compose([*groups, *overrides], "train", str(tiny_configs))
+
+
+@pytest.fixture
+def train_tiny(tiny_config: Callable[..., dict[str, Any]]) -> Callable[..., tuple[Path, Any, list[dict[str, Any]]]]:
+    """`train_tiny("train.epochs=2")` trains in this process: the folder of the run, its outcome and all events."""
+    from raysys.train.trainer import fit, prepare
+
+    def train(*overrides: str) -> tuple[Path, Any, list[dict[str, Any]]]:
+        prepared, events = prepare(tiny_config(*overrides)), []
+        return prepared.job.folder, fit(prepared, [events.append]), events
+
+    return train
 
 
 @pytest.fixture
