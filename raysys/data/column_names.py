@@ -37,7 +37,21 @@ ITEM_WORDS = {
     *("advertiser", "publisher", "seller", "author"),
 }
 THINGS = {*GROUPS, *ITEM_WORDS, "device", "country", "city", "region", "store", "shop", "page", "site", "app"}
-COUNT_WORDS = {"num", "count", "total", "sum", "mean", "avg", "average", "max", "min", "rate", "ratio", "share", "score"}
+COUNT_WORDS = {
+    "num",
+    "count",
+    "total",
+    "sum",
+    "mean",
+    "avg",
+    "average",
+    "max",
+    "min",
+    "rate",
+    "ratio",
+    "share",
+    "score",
+}
 POSITION_WORDS = {"position", "pos", "slot", "rank"}
 HISTORY_WORDS = {
     "history",
@@ -57,7 +71,7 @@ HISTORY_WORDS = {
 def words(name: str) -> tuple[str, ...]:
     """The words of a name in lower case and singular: "historyItem_ids" is history, item, id; "C12" is c12."""
     spaced = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower()
-    found = re.findall(r"[^\W_]+", spaced)
+    found = re.findall(r"[^\W_]+", spaced) or [name]
     return tuple(
         word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word for word in found
     )
@@ -69,6 +83,11 @@ def stem(name: str) -> tuple[str, ...]:
     return found[:-1] if len(found) > 1 and found[-1] in ("id", "ids") else found
 
 
+def names_a_thing(name: str) -> bool:
+    """Whether its values can be nothing but ids: "item_id", "user"."""
+    return stem(name) != words(name) or bool(THINGS & set(stem(name)[-1:]) - COUNT_WORDS)
+
+
 def is_label(name: str) -> bool:
     """Whether the whole name, but for "is" before it, is a usual name of a label."""
     found = words(name)
@@ -78,6 +97,10 @@ def is_label(name: str) -> bool:
 def is_id(name: str) -> bool:
     """Whether numbers in such a column are ids."""
     found = set(words(name))
+    if re.fullmatch(
+        r"(c|cat|categorical)_?\d+", name.lower()
+    ):  # as the columns of Criteo's and Avazu's logs are called
+        return True
     return not COUNT_WORDS & found and (bool(ID_WORDS & found) or bool(THINGS & set(stem(name)[-1:])))
 
 

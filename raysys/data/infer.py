@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 
 from raysys.data import column_names
-from raysys.data.columns import INTEGERS, NUMBERS, flatten, numbers, type_word, whole
+from raysys.data.columns import INTEGERS, KEYS, NUMBERS, flatten, numbers, type_word, whole
 from raysys.data.profile import ColumnProfile, TableProfile, profile
 from raysys.errors import UserError, nearest
 from raysys.schema import FeatureSchema
@@ -130,7 +130,7 @@ class _Inference:
             matching = [
                 column.name
                 for column in waiting.values()
-                if column_names.stem(column.name) == (word,) and not column.is_list
+                if column_names.stem(column.name) == (word,) and column.kind in KEYS and not column.is_list
             ]
             if matching:
                 self.content["group_id"] = matching[0]
@@ -143,6 +143,8 @@ class _Inference:
             self._leave_out(column, "its name says that it is a label")
         elif column.distinct <= 1 and column.kind != "other":
             self._leave_out(column, "has one value only")
+        elif column.kind == "number" and column_names.names_a_thing(column.name) and self._is_whole(column):
+            self._leave_out(column, "ids as floating-point numbers: write them as integers")
         elif column.kind == "number":
             self._add_dense(column)
         elif column.kind == "string" and column.text_length > TEXT_LENGTH:
@@ -159,12 +161,17 @@ class _Inference:
         else:
             self._leave_out(column, f"of type {self.table.sample.schema.field(column.name).type}")
 
+    def _is_whole(self, column: ColumnProfile) -> bool:
+        values = numbers(whole(self.table.sample[column.name]))
+        values = values[np.isfinite(values)]
+        return bool((values == np.rint(values)).all())
+
     def _add_dense(self, column: ColumnProfile) -> None:
         skewed = column.high - column.median > 20 * max(column.median - column.low, 1)
         content: dict[str, Any] = {"name": column.name, "side": column_names.side_of(column.name)}
         content["transform"] = "log_standardize" if skewed else "standardize"
         self.content["dense"].append(content | ({"missing_flag": True} if column.null_share else {}))
-        self._note(column)
+        self._note(column, "whole numbers: if they are ids, move it to sparse" if column.kind in INTEGERS else "")
 
     def _add_sparse(self, column: ColumnProfile) -> None:
         content: dict[str, Any] = {
@@ -222,7 +229,9 @@ class _Inference:
         kind = type_word(self.table.sample.schema.field(column.name).type).removeprefix("list<").removesuffix(">")
         ends = ["_".join(stem[i:]) for i in range(len(stem))] if column.is_list else []
         shared = next((self._by_stem[end, kind] for end in ends if (end, kind) in self._by_stem), None)
-        name = shared or re.sub("(_ids?|Ids?|(?<!s)s)$" if column.is_list else "(_id|Id)$", "", column.name) or column.name
+        name = (
+            shared or re.sub("(_ids?|Ids?|(?<!s)s)$" if column.is_list else "(_id|Id)$", "", column.name) or column.name
+        )
         if shared is None and name in self._distinct:
             name = column.name
         self._by_stem.setdefault(("_".join(stem), kind), name)

@@ -32,7 +32,11 @@ def test_what_is_no_label(name):
 
 
 def test_ids_and_sides():
-    ids = [name for name in ("item_id", "movie", "zip_code", "price", "age", "num_items") if column_names.is_id(name)]
-    assert ids == ["item_id", "movie", "zip_code"]
+    ids = [
+        name
+        for name in ("item_id", "movie", "zip_code", "C12", "price", "age", "num_items")
+        if column_names.is_id(name)
+    ]
+    assert ids == ["item_id", "movie", "zip_code", "C12"]
     names = ("user_age", "item_price", "position", "hour", "history_item")
     assert [column_names.side_of(name) for name in names] == ["user", "item", "position", "context", "user"]

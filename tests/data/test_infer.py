@@ -141,6 +141,7 @@ def test_the_text_is_the_schema_with_a_fact_for_each_column(path, schema, tmp_pa
     assert comments["history_action"] == "3 distinct, 0 to 2, 0 to 8 long"
     assert comments["country"].startswith("2 distinct, 3")
     assert comments["country"].endswith("% null")
+    assert comments["num_visits"].endswith(", whole numbers: if they are ids, move it to sparse")
     assert comments["itemId"] == "299 distinct, 1 to 299"
     assert set(comments) == {
         f.name for f in (*schema.dense, *schema.sparse, *schema.sequence_features, *schema.labels, *schema.extra)
@@ -183,6 +184,16 @@ def test_huge_vocabularies_are_hashed_for_all_features_of_a_table(path, monkeypa
     }
 
 
+def test_ids_that_became_decimals_are_left_out(tmp_path):
+    users, price = pa.array([1.0, None, 3.0] * 50), pa.array([2.0, 3.0, 1.0] * 50)
+    pq.write_table(pa.table({"user_id": users, "price": price, "click": [0, 1, 1] * 50}), tmp_path / "log.parquet")
+    text = schema_text(tmp_path / "log.parquet")
+    assert "#   user_id: ids as floating-point numbers: write them as integers" in text
+    schema = infer_schema(tmp_path / "log.parquet")
+    assert [feature.name for feature in schema.dense] == ["price"]
+    assert schema.group_id is None
+
+
 def test_csv_gives_the_schema_of_the_same_columns_in_parquet(log, path, tmp_path):
     flat = log.select(["impression_id", "click", "user_id", "country", "num_visits", "price", "is_mobile", "comment"])
     pq.write_table(flat, tmp_path / "log.parquet")
@@ -193,13 +204,19 @@ def test_csv_gives_the_schema_of_the_same_columns_in_parquet(log, path, tmp_path
 
 def test_odd_names_survive_yaml(tmp_path):
     table = pa.table(
-        {"y": [0, 1] * 50, "on": ["a", "b"] * 50, "a: b #": ["a", "b", "c", "d"] * 25, "1": [1.5, 2.5] * 50}
+        {
+            "y": [0, 1] * 50,
+            "on": ["a", "b"] * 50,
+            "a: b #": ["a", "b", "c", "d"] * 25,
+            "1": [1.5, 2.5] * 50,
+            "_": [[1, 2]] * 100,
+        }
     )
     pq.write_table(table, tmp_path / "log.parquet")
     content = yaml.safe_load(schema_text(tmp_path / "log.parquet"))
     schema = FeatureSchema.from_dict(content)
     assert schema.tasks == ("y",)
-    assert [feature.name for feature in (*schema.dense, *schema.sparse)] == ["1", "on", "a: b #"]
+    assert [feature.name for feature in (*schema.dense, *schema.sparse)] == ["1", "on", "a: b #", "_"]
 
 
 @pytest.mark.parametrize(("distinct", "size"), [(1, 3), (8, 10), (943, 1100), (1682, 1900), (100_000, 120_000)])
