@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -38,6 +40,7 @@ SCHEMA = FeatureSchema(
 ROWS = {"train": 6000, "valid": 1500, "test": 1500}
 
 
+@cache
 def make(split, rows):
     """Columns without a fault."""
     rng = np.random.default_rng(sum(map(ord, split)))
@@ -68,7 +71,7 @@ def run(tmp_path):
 
     def run_check(changes=None, schema=SCHEMA, row_group_size=700):
         for split, rows in ROWS.items():
-            columns = make(split, rows)
+            columns = dict(make(split, rows))
             for name, change in (changes or {}).get(split, {}).items():
                 columns[name] = change(columns[name]) if callable(change) else change
             present = {name: column for name, column in columns.items() if column is not None}
