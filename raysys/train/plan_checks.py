@@ -129,9 +129,9 @@ class Candidate:
             if kernel not in known:
                 raise UserError(f"{self._key('compute_kernels')} has {kernel!r}", nearest(kernel, known))
             if kernel not in offered:
-                what = f"TorchRec does not have it on {self.device} for {', '.join(types)}"
                 raise UserError(
-                    f"{self._key('compute_kernels')} has {kernel!r}: {what}", f"take one of: {', '.join(offered)}"
+                    f"{self._key('compute_kernels')} has {kernel!r}, which TorchRec does not have on {self.device}",
+                    f"take one of: {', '.join(offered)}",
                 )
         return list(wish.compute_kernels) or None
 

@@ -53,11 +53,18 @@ class PlanningProblem:
     optimizer: SparseOptimizer
 
     def solve(self, memory: Memory) -> ShardingPlan:
-        """The fastest plan that fits by TorchRec's cost model; raises UserError where none fits."""
+        """The plan that fits and is fastest by TorchRec's cost model; raises UserError where none fits."""
         try:
             return self._plan(memory)
         except PlannerError as error:
             raise self._no_fit(memory, error) from error
+
+    def solve_if_possible(self, memory: Memory) -> ShardingPlan | None:
+        """The same, but None where no plan fits."""
+        try:
+            return self._plan(memory)
+        except PlannerError:
+            return None
 
     def _plan(self, memory: Memory) -> ShardingPlan:
         topology = self._topology(memory)
@@ -137,11 +144,7 @@ class PlanningProblem:
         field = f"{kind}_bytes"
 
         def fits(budget: int) -> bool:
-            try:
-                self._plan(replace(memory, **{field: budget}))
-            except PlannerError:
-                return False
-            return True
+            return self.solve_if_possible(replace(memory, **{field: budget})) is not None
 
         low = max(getattr(memory, field), 1)
         high = 2 * low

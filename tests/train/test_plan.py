@@ -101,6 +101,13 @@ def test_defaults_leave_out_what_a_table_cannot_become():
     assert hint == "take row_wise or table_wise, or train.optimizers.sparse.name=adagrad"
 
 
+def test_on_a_cpu_tables_stay_whole_while_they_fit():
+    assert {table.sharding for table in make_plan(3).tables} <= {"table_wise", "data_parallel"}
+    assert {table.sharding for table in make_plan(1, device="cuda").tables} <= {"table_wise", "data_parallel"}
+    tight = {table.table: table.sharding for table in make_plan(3, ddr_bytes=120_000).tables}
+    assert tight["user"] in ("row_wise", "column_wise")  # 137,216 bytes as a whole
+
+
 def test_a_model_without_tables_has_an_empty_plan():
     plan = plan_tables(nn.Linear(2, 2), 2, "cpu", 8, ShardingSettings(), OptimizerSettings())
     assert (plan.plan, plan_table(plan), plan.bytes_per_rank()) == ({}, [], [0, 0])
@@ -154,8 +161,7 @@ def test_a_model_without_tables_has_an_empty_plan():
         ),
         (
             {"tables": {"user": {"compute_kernels": ("fused_uvm_caching",)}}},
-            "train.sharding.tables.user.compute_kernels has 'fused_uvm_caching': TorchRec does not have it on cpu for "
-            "table_wise, row_wise, column_wise, data_parallel",
+            "train.sharding.tables.user.compute_kernels has 'fused_uvm_caching', which TorchRec does not have on cpu",
             "take one of: dense, fused",
         ),
         (
