@@ -20,6 +20,7 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from pydantic import PositiveInt
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from raysys.errors import UserError
 from raysys.hashed_folder import MANIFEST, files_of, find_damage, hash_files, read_json, read_manifest, write_manifest
@@ -110,14 +111,15 @@ def take_latest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[s
 def remove_old(folder: Path, keep: int, best: Path | None) -> None:
     """Delete all but the `keep` newest checkpoints and the best one, and what killed runs left (rank 0 only)."""
     complete = list_checkpoints(folder)
-    for path in Path(folder).glob("step_*"):
+    for path in Path(folder).glob("step_" + 8 * "[0-9]"):
         if path not in complete[-keep:] and path != best:
             _remove(path)
 
 
-def saved_names(folder: Path) -> set[str]:
-    """The flattened names of all tensors in a checkpoint."""
-    return set(dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata)
+def saved_sizes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The sizes of all tensors in a checkpoint by their names, nested ones joined by dots."""
+    saved = dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    return {name: tuple(entry.size) for name, entry in saved.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 def _remove(folder: Path) -> None:

@@ -52,7 +52,7 @@ class TrainLoop:
         self.step, self.position = 0, Position()
         self.best = BestSoFar(settings.early_stopping, job.schema)
         self.timer = StepTimer()
-        self._guard = StepGuard()
+        self._guard, self._stopping = StepGuard(), False
         self._pipeline: TrainPipelineBase | TrainPipelineSparseDist | None = None
         self._has_valid = job.has_split("valid")
         self._saved: int | None = None  # the step of the newest checkpoint
@@ -77,11 +77,11 @@ class TrainLoop:
             batch, self.position = stream.trained()
             self.step += 1
             self._window.update(outputs)
-            stop = self._check(self._guard.submit(self.step, outputs["losses"], self._stop_wanted(), batch))
-            if stop:
-                return "interrupted"
-            if self.step % self.settings.log_every == 0 or self.step == self.total_steps:
+            self._check(self._guard.submit(self.step, outputs["losses"], self._stop_wanted(), batch))
+            if self._stopping or self.step % self.settings.log_every == 0 or self.step == self.total_steps:
                 self._log()
+            if self._stopping:
+                return "interrupted"
             if self._evaluation_due() and self._evaluate():
                 return "early_stopped"
             if self._due(self.settings.checkpoint.every_steps):
@@ -158,10 +158,13 @@ class TrainLoop:
             return TrainPipelineSparseDist(self.model, optimizer, self.device, pipeline_postproc=True)
         return TrainPipelineBase(self.model, optimizer, self.device)
 
-    def _check(self, verdict: Verdict | None) -> bool:
-        """Whether to stop; raises where a loss was not finite, with the batch saved."""
-        if verdict is None or not verdict.not_finite:
-            return verdict is not None and verdict.stop
+    def _check(self, verdict: Verdict | None) -> None:
+        """Take note of a wish to stop; raises where a loss was not finite, with the batch saved."""
+        if verdict is None:
+            return
+        self._stopping |= verdict.stop
+        if not verdict.not_finite:
+            return
         path = self.job.folder / f"not_finite_step_{verdict.step}_rank_{rank()}.pt"
         torch.save(self._guard.batch, path)
         raise NonFiniteLossError(

@@ -14,7 +14,7 @@ from raysys.errors import UserError
 from raysys.models.assembly import Assembly
 from raysys.models.tokens import TokenStack
 from raysys.nn.collectives import communication_device, global_sum
-from raysys.train.checkpoint import load_tensors, save_checkpoint, saved_names, verify_checkpoint
+from raysys.train.checkpoint import load_tensors, save_checkpoint, saved_sizes, verify_checkpoint
 from raysys.train.job import versions
 from raysys.train.tables import find_tables, forget_cached_rows, local_parts, table_weights
 
@@ -75,7 +75,7 @@ def dense_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def _load(folder: Path, state: dict[str, Any], module: nn.Module, tensors: dict[str, Any]) -> None:
     _check_tokens(folder, state["tokens"], _token_names(module))
-    _check_names(folder, tensors)
+    _check_sizes(folder, tensors)
     load_tensors(folder, tensors)
     forget_cached_rows(module)
 
@@ -138,13 +138,14 @@ def _is_finite(value: Any) -> bool:
     return all(bool(part.sum().isfinite()) or bool(part.isfinite().all()) for part in parts)
 
 
-def _check_names(folder: Path, tensors: dict[str, Any]) -> None:
-    """The parts of the model must be those of the checkpoint; a missing one is named before anything is overwritten."""
-    saved = saved_names(folder)
-    for part, content in tensors.items():
-        for name in content:
-            if not any(key == f"{part}.{name}" or key.startswith(f"{part}.{name}.") for key in saved):
-                raise UserError(
-                    f"{folder}: the checkpoint has no {part} {name!r}",
-                    "it was made with another model or optimiser: use the config that stands in its state.json",
-                )
+def _check_sizes(folder: Path, tensors: dict[str, Any]) -> None:
+    """These parts of the checkpoint must be those of the model; a difference is named before anything is overwritten."""
+    saved = {name: size for name, size in saved_sizes(folder).items() if name.partition(".")[0] in tensors}
+    expected = {name: tuple(value.size()) for name, value in _flattened(tensors).items()}
+    for name in sorted(saved.keys() | expected.keys()):
+        if saved.get(name) != expected.get(name):
+            found, wanted = (f"size {list(sizes[name])}" if name in sizes else "none" for sizes in (saved, expected))
+            raise UserError(
+                f"{folder}: {name} has {found} in the checkpoint, the model has {wanted}",
+                "it was made with another model or optimiser: use the config that stands in its state.json",
+            )
