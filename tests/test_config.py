@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -25,6 +26,7 @@ def test_composed_configs_are_plain_and_resolved():
 def test_defaults_are_those_of_the_settings():
     config = compose(BASE)
     assert validate(TrainSettings, config["train"], "train") == TrainSettings()
+    assert json.loads(json.dumps(dataclasses.asdict(TrainSettings()))) == config["train"]  # every key is in the file
     assert validate(TrainerSettings, config["trainer"], "trainer") == TrainerSettings()
     ray = validate(TrainerSettings, compose([*BASE, "trainer=ray"])["trainer"], "trainer")
     assert ray == TrainerSettings(kind="ray", workers=2, device="cpu")
