@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from importlib import metadata
@@ -159,6 +160,27 @@ def train_tiny(tiny_config: Callable[..., dict[str, Any]]) -> Callable[..., tupl
         return prepared.job.folder, fit(prepared, [events.append]), events
 
     return train
+
+
+@pytest.fixture(scope="session")
+def tensors_of() -> Callable[[Path], dict[str, bytes]]:
+    """`tensors_of(checkpoint)`: all tensors of a checkpoint by name, whole, as their bytes: equal means bit-equal."""
+    import torch
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    def flatten(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, bytes]]:
+        for key, value in content.items():
+            if isinstance(value, dict):
+                yield from flatten(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value.numpy().tobytes()
+
+    def tensors(checkpoint: Path) -> dict[str, bytes]:
+        with tempfile.NamedTemporaryFile() as file:
+            dcp_to_torch_save(checkpoint, file.name)
+            return dict(flatten(torch.load(file.name)))
+
+    return tensors
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from raysys.objectives.supervised import Supervised
 class Faulty(Supervised):
     """Supervised, with a fault in step `step` of a process, on rank `rank`, unless the file `marker` exists.
 
-    fault: nan (the loss of that step), kill or stop (the process), slow (every step, from the first one on), or none.
+    fault: not_finite (the loss of that step), kill or stop (the process), slow (every step, from the first one on), or none.
     """
 
     def __init__(self, schema, *, fault, step, rank, marker):
@@ -35,4 +35,4 @@ class Faulty(Supervised):
         if self.fault in ("kill", "stop"):
             self.marker.touch()
             os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[self.fault])
-        return loss * float("nan") if self.fault == "nan" else loss
+        return loss * float("nan") if self.fault == "not_finite" else loss
