@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
@@ -30,10 +31,10 @@ class DenseOptimizer:
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
 
     name: Literal["adamw", "adam", "adagrad", "sgd"] = "adam"
-    lr: float = 1e-3
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
+    lr: NonNegativeFloat = 1e-3
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    betas: tuple[NonNegativeFloat, NonNegativeFloat] = (0.9, 0.999)
     schedule: Schedule = field(default_factory=Schedule)
 
     def build(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -62,7 +63,7 @@ class OptimizerSettings:
 
     sparse: SparseOptimizer = field(default_factory=SparseOptimizer)
     dense: DenseOptimizer = field(default_factory=DenseOptimizer)
-    clip: dict[str, float] = field(default_factory=dict)
+    clip: dict[str, PositiveFloat] = field(default_factory=dict)
 
 
 class Optimizers:

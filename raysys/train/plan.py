@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import psutil
 import torch
+from pydantic import Field, PositiveInt
 from torch import nn
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import ShardingPlan
@@ -34,9 +35,9 @@ class ShardingSettings:
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
 
-    hbm_bytes: int | None = None
-    ddr_bytes: int | None = None
-    reserve: float = 0.15
+    hbm_bytes: PositiveInt | None = None
+    ddr_bytes: PositiveInt | None = None
+    reserve: Annotated[float, Field(ge=0, lt=1)] = 0.15
     sharding_types: tuple[str, ...] = ("table_wise", "row_wise", "column_wise", "data_parallel")
     tables: dict[str, TableSharding] = field(default_factory=dict)
     dense_parallel: DenseParallel = "ddp"

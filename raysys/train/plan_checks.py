@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil
 
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, ShardingType
 from torchrec.distributed.planner.types import ParameterConstraints
@@ -33,8 +34,8 @@ class TableSharding:
 
     sharding_types: tuple[str, ...] = ()
     compute_kernels: tuple[str, ...] = ()
-    min_partition: int | None = None
-    pooling_factors: tuple[float, ...] = ()
+    min_partition: PositiveInt | None = None
+    pooling_factors: tuple[NonNegativeFloat, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,8 @@ class Candidate:
 
     def _objection_to_columns(self, wish: TableSharding) -> tuple[str, str] | None:
         width, step = self.config.embedding_dim, wish.min_partition or _COLUMN_STEP
-        if self.optimizer.rowwise_states:
-            what = f"{self.optimizer.name} keeps one value per row, which parts of a row would each keep their own of"
+        if self.optimizer.works_by_row:
+            what = f"{self.optimizer.name} updates whole rows, parts of a row would each go their own way"
             return what, "take row_wise or table_wise, or train.optimizers.sparse.name=adagrad"
         if step % _COLUMN_STEP or width % step:
             what = f"its width {width} cannot be cut into parts of {step} columns"

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from pydantic import NonNegativeFloat, NonNegativeInt
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -18,8 +20,8 @@ class Schedule:
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
 
     kind: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "constant"
-    warmup_steps: int = 0
-    final: float = 0.0
+    warmup_steps: NonNegativeInt = 0
+    final: NonNegativeFloat = 0.0
 
     def factor(self, step: int, total_steps: int) -> float:
         """The factor for step 0 .. total_steps - 1; the last step of the warm-up is the first one with the full rate."""

@@ -14,6 +14,7 @@ import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 from torchrec import optim as torchrec_optim
 
@@ -64,10 +65,10 @@ class SparseOptimizer:
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
 
     name: SparseName = "adagrad"
-    lr: float = 0.02
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
+    lr: NonNegativeFloat = 0.02
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    betas: tuple[NonNegativeFloat, NonNegativeFloat] = (0.9, 0.999)
     schedule: Schedule = field(default_factory=Schedule)
 
     @property
@@ -79,6 +80,11 @@ class SparseOptimizer:
     def rowwise_states(self) -> tuple[str, ...]:
         """The states with one value per row."""
         return _KINDS[self.name].rowwise_states
+
+    @property
+    def works_by_row(self) -> bool:
+        """Whether an update of a column depends on the other columns of its row: such tables cannot be cut by columns."""
+        return bool(self.rowwise_states) or self.name == "lamb"  # LAMB scales by the norm of the row
 
     @property
     def has_dense_twin(self) -> bool:

@@ -39,10 +39,10 @@ class GlooWorkers:
         for connection in self._connections[:world_size]:
             connection.send(job)
         answers = [self._answer(connection) for connection in self._connections[:world_size]]
-        errors = [content for kind, content in answers if kind == "error"]
-        if errors:
+        if any(kind == "silence" for kind, _ in answers):
             self.stop()
-            raise AssertionError("\n".join(errors))
+        errors = [content for kind, content in answers if kind != "result"]
+        assert not errors, "\n".join(errors)
         return [content for _, content in answers]
 
     def stop(self) -> None:
@@ -57,7 +57,7 @@ class GlooWorkers:
     @staticmethod
     def _answer(connection: Connection) -> tuple:
         if not connection.poll(120):
-            return "error", "a worker did not answer within 120 s"
+            return "silence", "a worker did not answer within 120 s"
         return pickle.loads(connection.recv_bytes())
 
     def _start(self) -> None:

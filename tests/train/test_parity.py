@@ -104,9 +104,11 @@ def global_batch(step: int, rows: slice = slice(0, ROWS)) -> Batch:
     return Batch(dense, sparse, labels, mask, weight, example, group, time, sequences=sequences)
 
 
-def settings(name: str) -> OptimizerSettings:
+def settings(name: str, clip: float | None = None) -> OptimizerSettings:
     return OptimizerSettings(
-        sparse=SparseOptimizer(name=name, lr=LR, eps=1e-8), dense=DenseOptimizer(name="sgd", lr=LR)
+        sparse=SparseOptimizer(name=name, lr=LR, eps=1e-8),
+        dense=DenseOptimizer(name="sgd", lr=LR),
+        clip={} if clip is None else {"model": clip},
     )
 
 
@@ -125,7 +127,7 @@ class PlainRowWiseAdagrad:
 
 
 @functools.cache
-def plain_training(name: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+def plain_training(name: str, clip: float | None = None) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and final weights of the unsharded model in an ordinary torch loop on whole batches."""
     step = train_step("cpu")
     tables = [table.parameter for table in find_tables(step)]
@@ -141,25 +143,31 @@ def plain_training(name: str) -> tuple[list[float], dict[str, torch.Tensor]]:
         step.zero_grad()
         loss, _ = step(global_batch(i))
         loss.backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(dense, clip)
         for optimizer in optimizers:
             optimizer.step()
         losses.append(loss.item())
     return losses, {name: value.detach().clone() for name, value in step.state_dict().items()}
 
 
-def sharded_training(kinds: dict[str, str], name: str, pipeline: str = "base", dense_parallel: str = "ddp"):
-    """The same on the ranks of the process group, each with its share of the rows (interleaved, as readers do).
-
-    Returns losses, whole tables and dense parameters, and how many collections the pipeline looks up ahead.
-    """
+def sharded_training(
+    kinds: dict[str, str],
+    name: str,
+    pipeline: str = "base",
+    dense_parallel: str = "ddp",
+    clip: float | None = None,
+) -> dict:
+    """The same on the ranks of the process group, each with its share of the rows (interleaved, as readers do)."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     tables = {
         table: TableSharding((kind,), min_partition=4 if "column" in kind else None) for table, kind in kinds.items()
     }
-    plan = plan_tables(train_step(), world_size, "cpu", ROWS, ShardingSettings(tables=tables), settings(name))
+    optimizer_settings = settings(name, clip)
+    plan = plan_tables(train_step(), world_size, "cpu", ROWS, ShardingSettings(tables=tables), optimizer_settings)
     device = torch.device("cpu")
-    model = shard(train_step(), plan, device, settings(name), dense_parallel=dense_parallel)
-    optimizers = StepCounter(build_optimizers(model, settings(name), STEPS))
+    model = shard(train_step(), plan, device, optimizer_settings, dense_parallel=dense_parallel)
+    optimizers = StepCounter(build_optimizers(model, optimizer_settings, STEPS))
     batches = iter([global_batch(i, slice(rank, ROWS, world_size)) for i in range(STEPS)])
     if pipeline == "base":
         pipe = TrainPipelineBase(model, optimizers, device)
@@ -167,13 +175,15 @@ def sharded_training(kinds: dict[str, str], name: str, pipeline: str = "base", d
         pipe = TrainPipelineSparseDist(model, optimizers, device, pipeline_postproc=True)
     model.train()
     losses = [pipe.progress(batches)["losses"]["loss"].item() for _ in range(STEPS)]
-    weights = {key: gather_table(value) for key, value in table_weights(model).items()}
-    dense = {key: whole(value.detach()) for key, value in model.named_parameters() if "embeddings." not in key}
-    return losses, weights | dense, len(getattr(pipe, "_pipelined_modules", ()))
-
-
-def whole(value: torch.Tensor) -> torch.Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value.clone()
+    parameters = dict(model.named_parameters())
+    dense = {key: value.detach() for key, value in parameters.items() if key.split(".")[-2] not in TABLES}
+    whole = {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in dense.items()}
+    return {
+        "losses": losses,
+        "weights": {key: gather_table(value) for key, value in table_weights(model).items()} | whole,
+        "looked_up_ahead": len(getattr(pipe, "_pipelined_modules", ())),
+        "sharded_dense": [key for key, value in dense.items() if isinstance(value, DTensor)],
+    }
 
 
 class StepCounter:
@@ -190,12 +200,14 @@ class StepCounter:
         self.done += 1
 
 
-def check_against_plain(results: list, name: str) -> None:
-    plain_losses, plain_weights = plain_training(name)
-    losses = torch.tensor([losses for losses, *_ in results]).mean(0)
+def check_against_plain(results: list[dict], name: str, clip: float | None = None) -> None:
+    plain_losses, plain_weights = plain_training(name, clip)
+    losses = torch.tensor([result["losses"] for result in results]).mean(0)
     torch.testing.assert_close(losses, torch.tensor(plain_losses), rtol=1e-5, atol=0)
-    for key, value in results[0][1].items():
-        torch.testing.assert_close(value, plain_weights[PLAIN_NAMES.get(key, key)], rtol=1e-5, atol=1e-6)
+    weights = {PLAIN_NAMES.get(key, key): value for key, value in results[0]["weights"].items()}
+    assert weights.keys() == plain_weights.keys()
+    for key, value in weights.items():
+        torch.testing.assert_close(value, plain_weights[key], rtol=1e-5, atol=1e-6)
 
 
 TABLES = ("user", "tag", "brand", "item")
@@ -221,13 +233,15 @@ def test_both_pipelines_train_a_mixed_plan_as_plain_torch_does(gloo, pipeline):
     kinds = {"user": "row_wise", "tag": "data_parallel", "brand": "column_wise", "item": "row_wise"}
     results = gloo.run(2, sharded_training, kinds, "adagrad", pipeline)
     check_against_plain(results, "adagrad")
-    assert results[0][2] == (2 if pipeline == "sparse_dist" else 0)  # bags and ids are both looked up ahead
+    assert results[0]["looked_up_ahead"] == (
+        2 if pipeline == "sparse_dist" else 0
+    )  # bags and ids are both looked up ahead
 
 
 def test_pipelines_give_the_same_losses_bit_for_bit(gloo):
     kinds = dict(zip(TABLES, ("table_wise", "row_wise", "data_parallel", "table_wise"), strict=True))
     base, ahead = (gloo.run(2, sharded_training, kinds, "adagrad", pipeline) for pipeline in ("base", "sparse_dist"))
-    assert [losses for losses, *_ in base] == [losses for losses, *_ in ahead]
+    assert [result["losses"] for result in base] == [result["losses"] for result in ahead]
 
 
 def test_table_row_wise_bags_train_as_plain_torch_does(gloo):
@@ -235,12 +249,19 @@ def test_table_row_wise_bags_train_as_plain_torch_does(gloo):
     check_against_plain(gloo.run(2, sharded_training, kinds, "adagrad"), "adagrad")
 
 
-@pytest.mark.parametrize(("dense_parallel", "world_size", "workers_per_host"), [("fsdp", 2, 2), ("hsdp", 4, 2)])
-def test_a_sharded_dense_part_trains_as_plain_torch_does(gloo, dense_parallel, world_size, workers_per_host):
-    kinds = dict.fromkeys(TABLES, "table_wise")
-    arguments = (kinds, "adagrad", "base", dense_parallel)
+@pytest.mark.parametrize(
+    ("dense_parallel", "world_size", "workers_per_host"),
+    [("ddp", 2, 2), ("fsdp", 2, 2), ("fsdp", 3, 3), ("hsdp", 4, 2)],
+)
+def test_a_sharded_dense_part_trains_and_is_clipped_as_plain_torch_does(
+    gloo, dense_parallel, world_size, workers_per_host
+):
+    arguments = (dict.fromkeys(TABLES, "table_wise"), "adagrad", "base", dense_parallel, 0.05)
     results = gloo.run(world_size, sharded_training, *arguments, local_world_size=workers_per_host)
-    check_against_plain(results, "adagrad")
+    check_against_plain(results, "adagrad", clip=0.05)
+    sharded = ["model.body.bias", "model.body.weight", "model.head.bias", "model.head.weight"]
+    projection = "model.embeddings.assembly.projections.16.weight"
+    assert sorted(results[0]["sharded_dense"]) == ([] if dense_parallel == "ddp" else sorted([*sharded, projection]))
 
 
 @pytest.mark.parametrize("name", ["adagrad", "sgd", "rowwise_adagrad"])

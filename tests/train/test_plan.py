@@ -95,9 +95,7 @@ def test_defaults_leave_out_what_a_table_cannot_become():
     plan = make_plan(sharding_types=("table_row_wise", "data_parallel"))
     assert {table.table: table.sharding for table in plan.tables}["item"] == "data_parallel"  # looked up per id
     message, hint = refused(name="rowwise_adagrad", sharding_types=("column_wise",))
-    assert message.startswith(
-        "train.sharding.sharding_types leaves nothing for table 'user': rowwise_adagrad keeps one"
-    )
+    assert message.startswith("train.sharding.sharding_types leaves nothing for table 'user': rowwise_adagrad updates")
     assert hint == "take row_wise or table_wise, or train.optimizers.sparse.name=adagrad"
 
 
@@ -139,8 +137,8 @@ def test_a_model_without_tables_has_an_empty_plan():
         ),
         (
             {"tables": {"user": {"sharding_types": ("table_wise", "column_wise")}}, "name": "rowwise_adagrad"},
-            "train.sharding.tables.user.sharding_types has 'column_wise': rowwise_adagrad keeps one value per row, which "
-            "parts of a row would each keep their own of",
+            "train.sharding.tables.user.sharding_types has 'column_wise': rowwise_adagrad updates whole rows, parts of a "
+            "row would each go their own way",
             "take row_wise or table_wise, or train.optimizers.sparse.name=adagrad",
         ),
         (
