@@ -150,7 +150,7 @@ class Optimizers:
             for shard in weight.metadata().shards_metadata
         ]
         properties = TensorProperties(dtype=torch.float32)
-        metadata = ShardedTensorMetadata(shards, weight.size()[:axes], properties)
+        metadata = ShardedTensorMetadata(shards, weight.metadata().size[:axes], properties)
         return ShardedTensor._init_from_local_shards_and_global_metadata([], metadata)
 
     def _set_rates(self, step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import accumulate
 from typing import Any
 
@@ -21,6 +22,9 @@ from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from raysys.train.sparse_optimizers import SparseOptimizer
+
+# fbgemm's dense lookup carries its own backward pass, which torch does not see; the parity tests show that it is right.
+warnings.filterwarnings("ignore", message="fbgemm::dense_embedding_codegen_lookup_function", category=UserWarning)
 
 _ROW_WISE_TYPES = [ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value, ShardingType.GRID_SHARD.value]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import cast
 
 import torch
@@ -31,8 +32,11 @@ def shard(
     user's own, uniform ones within TorchRec's bounds from `seed`. The dense part starts from rank 0's. Torch's random
     generators go on as if nothing had been drawn.
     """
-    initial = {table.key: initial_weights(train_step, table, seed) for table in find_tables(train_step)}
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    plain = {table.key: table for table in find_tables(train_step)}
+    initial = {key: initial_weights(train_step, table, seed) for key, table in plain.items()}
+    columns = {key: table.parameter.shape[1] for key, table in plain.items()}
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch to TorchRec
         model = DistributedModelParallel(
             train_step,
             device=device,
@@ -44,7 +48,7 @@ def shard(
         for key, weight in table_weights(model).items():
             name, table_seed, bound = initial[key]
             for part in local_parts(weight):
-                place = (part.row_offset, part.column_offset, weight.size()[1])
+                place = (part.row_offset, part.column_offset, columns[key])
                 fill_initial_weights(part.values, name, table_seed, *place, bound)
     return model
 

@@ -120,6 +120,6 @@ def gather_table(value: TableValue) -> Tensor | None:
     """The whole table on the CPU of rank 0, None on the others (collective where the table is in parts)."""
     if not isinstance(value, ShardedTensor):
         return value.detach().cpu()
-    whole = torch.empty(value.size(), device=communication_device()) if dist.get_rank() == 0 else None
+    whole = torch.empty(value.metadata().size, device=communication_device()) if dist.get_rank() == 0 else None
     value.gather(dst=0, out=whole)
     return None if whole is None else whole.cpu()

@@ -10,6 +10,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from raysys.data.batch import Batch
+from raysys.models.outputs import Embedded, Output
 from raysys.models.ranking.dlrm import DLRM
 from raysys.objectives.supervised import Supervised
 from raysys.schema import FeatureSchema
@@ -190,6 +191,39 @@ def test_tables_of_one_name_and_foreign_collections(gloo):
     for key, table in one.items():
         assert torch.equal(table, two[key])
         assert 0 < table.abs().max() <= 0.5  # ± 1/√rows
+
+
+class Doubled(nn.Module):
+    """An objective without a table in sight."""
+
+    def forward(self, model, batch, embedded):
+        output = Output(logits=2 * model.tower(embedded.dense), shared=embedded.dense, hidden=embedded.dense)
+        return output.logits.square().mean(), output, {}
+
+
+class NoTables(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = nn.Linear(1, 1)
+
+    def embed(self, batch):
+        return Embedded(tokens=batch.dense, names=(), sequences={}, dense=batch.dense)
+
+
+def train_without_tables() -> tuple[float, float]:
+    step = TrainStep(NoTables(), Doubled())
+    plan = plan_tables(step, dist.get_world_size(), "cpu", ROWS, ShardingSettings(), settings("adagrad"))
+    model = shard(step, plan, torch.device("cpu"), settings("adagrad"))
+    optimizers = build_optimizers(model, settings("adagrad"), total_steps=50)
+    before = model(batch(0))[0].item()
+    train(model, optimizers, range(50))
+    assert (table_weights(model), optimizers.table_states()) == ({}, {})
+    return before, model(batch(0))[0].item()
+
+
+def test_a_model_without_tables_trains(gloo):
+    for before, after in gloo.run(2, train_without_tables):
+        assert after < before
 
 
 def test_tables_of_a_plain_model():
