@@ -43,7 +43,10 @@ TINY_SCHEMA = {
     "sequences": [
         {"name": "seen", "features": [{"name": "history", "table": "item", "encoding": "index"}], "max_length": 4}
     ],
-    "labels": [{"name": "click"}, {"name": "spend", "kind": "regression", "required": False}],
+    "labels": [
+        {"name": "click", "negative_keep_rate": 0.5},
+        {"name": "spend", "kind": "regression", "required": False},
+    ],
     "example_id": "row",
     "group_id": "user",
 }
@@ -141,13 +144,21 @@ def tiny_configs(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, tiny
     return folder
 
 
-@pytest.fixture
-def tiny_config(tiny_configs: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """`tiny_config("train.epochs=2", name="train")`: a config of the tiny data set and model, runs in `tmp_path`."""
+@pytest.fixture(scope="session")
+def tiny_config_in(tiny_configs: Path) -> Callable[..., dict[str, Any]]:
+    """`tiny_config_in(folder, "train.epochs=2")`: a config of the tiny data set and model, with its runs in `folder`."""
     from raysys.config import compose
 
-    groups = ["data=tiny", "model=tiny", f"runs_folder={tmp_path}/runs", "train.batch_size=150", "train.log_every=1"]
-    return lambda *overrides: compose([*groups, *overrides], "train", str(tiny_configs))
+    groups = ["data=tiny", "model=tiny", "train.batch_size=150", "train.log_every=1"]
+    return lambda folder, *overrides: compose(
+        [*groups, f"runs_folder={folder}", *overrides], "train", str(tiny_configs)
+    )
+
+
+@pytest.fixture
+def tiny_config(tiny_config_in: Callable[..., dict[str, Any]], tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """`tiny_config("train.epochs=2")`: the same with its runs in the test's folder `runs`."""
+    return lambda *overrides: tiny_config_in(tmp_path / "runs", *overrides)
 
 
 @pytest.fixture
@@ -160,6 +171,19 @@ def train_tiny(tiny_config: Callable[..., dict[str, Any]]) -> Callable[..., tupl
         return prepared.job.folder, fit(prepared, [events.append]), events
 
     return train
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_config_in: Callable[..., dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run with a fitted calibration and a bundle; only to be read."""
+    from raysys.train.export import export_run
+    from raysys.train.trainer import fit, prepare
+
+    config = tiny_config_in(tmp_path_factory.mktemp("runs"), "run_id=tiny", "train.calibration=platt", "train.epochs=2")
+    prepared = prepare(config)
+    fit(prepared, [])
+    export_run(prepared.job.folder)
+    return prepared.job.folder
 
 
 @pytest.fixture(scope="session")

@@ -38,17 +38,13 @@ def history(events):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny_configs, tmp_path_factory):
+def undisturbed(tiny_config_in, tmp_path_factory):
     """The run that all others have to equal, for each pipeline."""
-    from raysys.config import compose
-
     runs = {}
     for pipeline in ("base", "sparse_dist"):
         folder = tmp_path_factory.mktemp(pipeline)
-        groups = ["data=tiny", "model=tiny", f"runs_folder={folder}", "train.batch_size=150", "train.log_every=1"]
-        schedule = ["train.optimizers.dense.schedule={kind: cosine, warmup_steps: 3}"]
-        config = compose([*groups, *RUN, *schedule, f"train.pipeline={pipeline}"], "train", str(tiny_configs))
-        prepared = prepare(config)
+        schedule = "train.optimizers.dense.schedule={kind: cosine, warmup_steps: 3}"
+        prepared = prepare(tiny_config_in(folder, *RUN, schedule, f"train.pipeline={pipeline}"))
         assert prepared.facts["total_steps"] == STEPS
         status, step, events = run_loop(prepared, folder / "run")
         assert (status, step) == ("finished", STEPS)
