@@ -250,13 +250,13 @@ def test_table_row_wise_bags_train_as_plain_torch_does(gloo):
 
 
 @pytest.mark.parametrize(
-    ("dense_parallel", "world_size", "workers_per_host"),
-    [("ddp", 2, 2), ("fsdp", 2, 2), ("fsdp", 3, 3), ("hsdp", 4, 2)],
+    ("dense_parallel", "pipeline", "world_size", "workers_per_host"),
+    [("ddp", "base", 2, 2), ("fsdp", "base", 3, 3), ("fsdp", "sparse_dist", 2, 2), ("hsdp", "sparse_dist", 4, 2)],
 )
 def test_a_sharded_dense_part_trains_and_is_clipped_as_plain_torch_does(
-    gloo, dense_parallel, world_size, workers_per_host
+    gloo, dense_parallel, pipeline, world_size, workers_per_host
 ):
-    arguments = (dict.fromkeys(TABLES, "table_wise"), "adagrad", "base", dense_parallel, 0.05)
+    arguments = (dict.fromkeys(TABLES, "table_wise"), "adagrad", pipeline, dense_parallel, 0.05)
     results = gloo.run(world_size, sharded_training, *arguments, local_world_size=workers_per_host)
     check_against_plain(results, "adagrad", clip=0.05)
     sharded = ["model.body.bias", "model.body.weight", "model.head.bias", "model.head.weight"]
