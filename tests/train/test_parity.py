@@ -52,8 +52,6 @@ class TinyModel(nn.Module):
         self.embeddings = Embeddings(SCHEMA, embedding_dim=8, seed=3, device=device, init_scale=0.3)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(5)
-            for matrix in self.embeddings.assembly.parameters():
-                nn.init.normal_(matrix, std=0.3)
             self.body = nn.Linear(4 * 8 + 8 + 2, 12)
             self.head = nn.Linear(12, 2)
 
