@@ -117,7 +117,10 @@ def prepare(
 
 
 def movielens_schema(sequences: Names[str] = ("liked", "disliked"), embedding_dim: int = 16) -> FeatureSchema:
-    """The schema of a prepared folder. `rating` and the columns of unnamed sequences are in the files, but not in it."""
+    """The schema of a prepared folder. `rating` and the columns of unnamed sequences are in the files, but not in it.
+
+    The task is `like`; `stars`, the same rating on a scale of -1 to 1, is a second one that tells more about each row.
+    """
     used = {table for name in sequences for table in SEQUENCES[name].values()}
     sparse = (
         SparseFeature("user_id", "user", "user"),
@@ -149,7 +152,7 @@ def movielens_schema(sequences: Names[str] = ("liked", "disliked"), embedding_di
             Sequence(name, tuple(SequenceFeature(*column) for column in SEQUENCES[name].items()), max_length=HISTORY)
             for name in sequences
         ),
-        labels=(Label("like"),),
+        labels=(Label("like"), Label("stars", "regression")),
         example_id="example_id",
         group_id="user_id",
         time="time",

@@ -37,6 +37,7 @@ def build(ratings: pa.Table, items: pa.Table, users: pa.Table, train: NDArray[np
         "time": ratings["time"],
         "like": pc.greater_equal(ratings["rating"], 4).cast(pa.int8()),
         "rating": ratings["rating"].cast(pa.float32()),
+        "stars": pc.divide(pc.subtract(ratings["rating"], 3), 2).cast(pa.float32()),
         "user_id": ratings["user_id"],
         **{name: column.take(user_row) for name, column in _user_columns(users).items()},
         **{name: column.take(item_row) for name, column in catalogue.items() if name != "title"},
