@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from raysys.config import Config, instantiate, run_job
+from raysys.data.prepare.dataset import is_prepared
 from raysys.errors import UserError
 from raysys.report.events import EventWriter
 from raysys.report.html import write_report
@@ -24,11 +25,10 @@ def main(config: Config) -> None:
     """Prepare the data where it is missing, train, export the bundle and write the report."""
     console = Console()
     data = config["data"]
-    if data.get("prepare") and not Path(data["folder"]).exists():
-        if config["dry_run"]:
+    if data.get("prepare") and (is_prepared(data["folder"]) or not Path(data["folder"]).exists()):
+        if config["dry_run"] and not is_prepared(data["folder"]):
             raise UserError(f"{data['folder']}: no data yet, and a dry run writes none", "run jobs/prepare.py first")
-        console.print(f"preparing {data['folder']}")
-        instantiate(data["prepare"])
+        instantiate(data["prepare"])  # what is there must be what the config asks for
     prepared = prepare(config)
     print_start(prepared.facts, format_plan(prepared.plan), console)
     if config["dry_run"]:

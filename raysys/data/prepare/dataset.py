@@ -9,18 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from raysys.errors import UserError
+from raysys.strict_json import to_plain
 
 SPLITS = ("train", "valid", "test")
 
 
-def prepare_folder(folder: str | Path, arguments: dict[str, Any], write: Callable[[Path], None]) -> None:
+def prepare_folder(
+    folder: str | Path, arguments: dict[str, Any], write: Callable[[Path], dict[str, Any] | None]
+) -> None:
     """Let `write` fill a folder beside `folder` and rename it at the end; a folder with these arguments is left as it is.
 
-    arguments: plain data that decides what is written, the source's hash included; kept in prepared.json. Another
-    data set in the folder is a `UserError`: nothing is overwritten.
+    arguments: plain data that decides what is written, the source's hash included; kept in prepared.json, with the rows
+    of each split and what `write` returns. Another data set in the folder is a `UserError`: nothing is overwritten.
     """
     folder = Path(folder)
     arguments = json.loads(json.dumps(arguments))
@@ -31,12 +35,22 @@ def prepare_folder(folder: str | Path, arguments: dict[str, Any], write: Callabl
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         partial = Path(temporary) / folder.name
         partial.mkdir()
-        write(partial)
-        rows = {split: pq.read_metadata(partial / f"{split}.parquet").num_rows for split in SPLITS}
-        content = {"arguments": arguments, "rows": rows}
-        (partial / "prepared.json").write_text(json.dumps(content, indent=1) + "\n")
+        facts = write(partial) or {}
+        rows = {split: pads.dataset(_split_path(partial, split)).count_rows() for split in SPLITS}
+        content = {"arguments": arguments, "rows": rows, **facts}
+        (partial / "prepared.json").write_text(json.dumps(to_plain(content), indent=1) + "\n")
         partial.rename(folder)
     print(f"{folder}: prepared ({', '.join(f'{count:,} {split}' for split, count in rows.items())} rows)")
+
+
+def is_prepared(folder: str | Path) -> bool:
+    """Whether a `prepare` has finished this folder."""
+    return (Path(folder) / "prepared.json").is_file()
+
+
+def _split_path(folder: Path, split: str) -> Path:
+    file = folder / f"{split}.parquet"
+    return file if file.exists() else folder / split
 
 
 def write_table(path: Path, table: pa.Table, row_group_size: int = 8192) -> None:
@@ -47,7 +61,7 @@ def write_table(path: Path, table: pa.Table, row_group_size: int = 8192) -> None
 def _is_complete(folder: Path, arguments: dict[str, Any]) -> bool:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
-    if not (folder / "prepared.json").is_file():
+    if not is_prepared(folder):
         raise UserError(f"{folder}: exists and is no prepared data set", "name another folder")
     found = json.loads((folder / "prepared.json").read_text())["arguments"]
     for key in sorted(found.keys() | arguments.keys()):

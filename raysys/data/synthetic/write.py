@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raysys.data.prepare.dataset import SPLITS, prepare_folder
 from raysys.data.synthetic.bayes import bayes_metrics
 from raysys.errors import UserError
 from raysys.schema import FeatureSchema
@@ -66,39 +65,16 @@ def write_log(
     plan: gives the shards, each with the (picklable) function that makes its rows. processes: how many write at the
     same time, None = one per core. A folder with anything else in it is a `UserError`, never overwritten.
     """
-    folder = Path(folder)
-    arguments = json.loads(json.dumps(arguments))
-    if _is_complete(folder, arguments):
-        return
-    jobs = plan()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        partial = Path(temporary) / folder.name
-        for split in ("train", "valid", "test"):
-            (partial / split).mkdir(parents=True)
+
+    def write(partial: Path) -> dict[str, Any]:
+        jobs = plan()
+        for split in SPLITS:
+            (partial / split).mkdir()
         _write_shards(partial, jobs, processes)
         schema.save(partial / "schema.yaml")
-        splits = {split: bayes_metrics(partial / split, schema.tasks) for split in ("train", "valid", "test")}
-        rows = {split: sum(shard.rows for shard, _ in jobs if shard.split == split) for split in splits}
-        # An undefined metric is NaN, which JSON does not have.
-        content = {"arguments": arguments, "rows": rows, "bayes": _nan_to_none(splits)}
-        (partial / "prepared.json").write_text(json.dumps(content, indent=1) + "\n")
-        partial.rename(folder)
+        return {"bayes": {split: bayes_metrics(partial / split, schema.tasks) for split in SPLITS}}
 
-
-def _is_complete(folder: Path, arguments: dict[str, Any]) -> bool:
-    if not folder.exists() or not any(folder.iterdir()):
-        return False
-    if not (folder / "prepared.json").exists():
-        raise UserError(f"{folder}: is not empty and holds no prepared data", "name another folder")
-    found = json.loads((folder / "prepared.json").read_text())["arguments"]
-    for key in sorted(found.keys() | arguments.keys()):
-        if found.get(key) != arguments.get(key):
-            raise UserError(
-                f"{folder}: was prepared with {key} = {found.get(key)!r}, not {arguments.get(key)!r}",
-                "name another folder, or remove this one",
-            )
-    return True
+    prepare_folder(folder, arguments, write)
 
 
 def _write_shards(folder: Path, jobs: list[Job], processes: int | None) -> None:
@@ -120,9 +96,3 @@ def _write_shard(folder: Path, shard: Shard, make_rows: Callable[[], pa.Table]) 
     ids = [field.name for field in table.schema if pa.types.is_int32(field.type)]
     path = folder / shard.split / f"part-{shard.number:06d}.parquet"
     pq.write_table(table, path, row_group_size=SHARD_ROWS, use_dictionary=ids, compression="zstd")
-
-
-def _nan_to_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _nan_to_none(item) for key, item in value.items()}
-    return None if value != value else value

@@ -32,7 +32,7 @@ def test_prepare_never_replaces_other_data(log, tmp_path):
         prepare(log, rows=90_000, spec=SyntheticSpec(third_order=0.1))
     assert caught.value.hint == "name another folder, or remove this one"
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="is not empty and holds no prepared data"):
+    with pytest.raises(UserError, match="exists and is no prepared data set"):
         prepare(tmp_path, rows=1000)
 
 
