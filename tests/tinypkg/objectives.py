@@ -19,12 +19,13 @@ class Faulty(Supervised):
 
     def __init__(self, schema, *, fault, step, rank, marker):
         super().__init__(schema)
-        self.fault, self.step, self.rank, self.marker, self.calls = fault, step, rank, Path(marker or "/none"), 0
+        self.fault, self.step, self.rank, self.calls = fault, step, rank, 0
+        self.marker = Path(marker) if marker else None
 
     def forward(self, model, batch, embedded):
         loss, output, parts = super().forward(model, batch, embedded)
         self.calls += self.training
-        if self.training and not self.marker.exists():
+        if self.training and not (self.marker and self.marker.exists()):
             if self.fault == "slow":
                 time.sleep(0.1)
             elif self.calls == self.step and rank() == self.rank:
@@ -33,6 +34,7 @@ class Faulty(Supervised):
 
     def fail(self, loss):
         if self.fault in ("kill", "stop"):
-            self.marker.touch()
+            if self.marker:
+                self.marker.touch()
             os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[self.fault])
         return loss * float("nan") if self.fault == "not_finite" else loss
