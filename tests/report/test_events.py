@@ -36,7 +36,7 @@ def test_what_json_lacks_becomes_null_and_arrays_become_lists(tmp_path):
     found = json.loads(path.read_text(), parse_constant=refuse)
     expected = {"nan": None, "inf": None, "scalar": 3, "tensor": [1.0, None], "path": str(tmp_path), "7": [True]}
     assert found == {"event": "x", "time": 1, **expected}
-    with pytest.raises(TypeError, match="an event cannot hold object"):
+    with pytest.raises(TypeError, match="JSON cannot hold object"):
         EventWriter(path).write({"event": "x", "value": object()})
 
 
