@@ -7,12 +7,11 @@ from raysys.errors import UserError
 
 
 def main(config: Config) -> None:
-    """Write train, valid and test splits and their schema."""
+    """Write train, valid and test splits and their schema; a data set that is there already is left alone."""
     data = config["data"]
     if not data.get("prepare"):
         raise UserError(f"{data['folder']}: this data set has nothing to prepare", "it is used as it is")
     instantiate(data["prepare"])
-    print(f"prepared: {data['folder']}")
 
 
 if __name__ == "__main__":

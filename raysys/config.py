@@ -24,7 +24,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from raysys.errors import UserError, nearest
@@ -86,8 +86,8 @@ def _explain(error: Exception, known: Callable[[], Config], folders: Sequence[Pa
         group, _, option = match.group(1).rpartition("/")
         options = {path.stem for folder in folders for path in (folder / group).glob("*.yaml")}
         return UserError(f"no config {option!r} in group {group or '/'!r}", nearest(option, options))
-    if match := re.search(r"Missing mandatory value: (\S+)", text):
-        return UserError(f"config key {match.group(1)!r} has no default", f"give it: {match.group(1)}=...")
+    if isinstance(error, MissingMandatoryValue):
+        return UserError(f"config key {error.full_key!r} has no default", f"give it: {error.full_key}=...")
     if match := re.search(r"You must specify '([^']+)'", text):
         options = {path.stem for folder in folders for path in (folder / match.group(1)).glob("*.yaml")}
         return UserError(
