@@ -13,9 +13,11 @@ import hashlib
 import importlib
 import inspect
 import json
+import logging
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -212,6 +214,14 @@ def fingerprint(config: Config) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+def _quieten_libraries() -> None:
+    """Leave out what libraries tell each other's developers; what a user has to know is an error or an event of ours."""
+    for category in (DeprecationWarning, FutureWarning):
+        warnings.simplefilter("ignore", category)
+    for logger in ("", "torch.fx"):  # all, and one that torch gives a level of its own
+        logging.getLogger(logger).setLevel(logging.ERROR)
+
+
 def run_job(
     main: Callable[[Config], None],
     name: str,
@@ -232,6 +242,8 @@ def run_job(
     parser.add_argument("--show-config", action="store_true", help="print the resolved config and do nothing")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_intermixed_args(argv)
+    if not arguments.debug:
+        _quieten_libraries()
     try:
         config = compose(arguments.overrides, name, arguments.config_dir)
         if arguments.show_config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import re
@@ -184,6 +185,16 @@ def tiny_run(tiny_config_in: Callable[..., dict[str, Any]], tmp_path_factory: py
     fit(prepared, [])
     export_run(prepared.job.folder)
     return prepared.job.folder
+
+
+@pytest.fixture(autouse=True)
+def log_levels() -> Iterator[None]:
+    """Jobs quieten the loggers of libraries; here they run in the process of all tests."""
+    loggers = [logging.getLogger(name) for name in ("", "torch.fx")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

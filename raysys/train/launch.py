@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 import os
 import signal
 import threading
@@ -82,7 +83,8 @@ def _connect(job: Job) -> None:
 
     if not ray.is_initialized():
         debug = bool(job.config.get("debug"))
-        ray.init(address=job.trainer.address, log_to_driver=debug, include_dashboard=False)
+        level = logging.INFO if debug else logging.ERROR
+        ray.init(address=job.trainer.address, log_to_driver=debug, logging_level=level, include_dashboard=False)
     total = ray.cluster_resources()
     for name, amount in _resources(job).items():
         needed, found = amount * job.trainer.workers, total.get(name, 0)
