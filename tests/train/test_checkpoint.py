@@ -330,3 +330,20 @@ def test_another_model_or_optimiser_is_named(checkpoints, tiny_config, changes, 
     prepared = prepare(tiny_config("run_id=other", f"resume={checkpoint_path(checkpoints, 5)}", *changes))
     with pytest.raises(UserError, match=message):
         fit(prepared, [])
+
+
+def take_on_this_rank(folder):
+    warnings = []
+    path, state = take_latest(folder, warnings.append)
+    return path, state["step"], warnings
+
+
+def test_all_ranks_pass_over_a_damaged_checkpoint_together(gloo, checkpoints):
+    messages = [cut_the_manifest(checkpoint_path(checkpoints, 5)), change_a_byte(checkpoint_path(checkpoints, 4))]
+    answers = gloo.run(2, take_on_this_rank, checkpoints)
+    for path, step, warnings in answers:
+        assert (path, step) == (checkpoint_path(checkpoints, 2), 2)
+        assert warnings[-1].startswith(messages[1])
+    assert len(answers[0][2]) == 2  # rank 0 reports; the other may find the first one gone
+    left = ["damaged_step_00000004", "damaged_step_00000005", "step_00000002"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == left
