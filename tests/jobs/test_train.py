@@ -220,11 +220,13 @@ def wait_for_step(process, folder, step):
         time.sleep(0.1)
 
 
-def wait_for_file(path):
+def wait_for_stop_file(folder):
+    """Until SIGTERM has arrived, and the file that it leaves will be seen: it is looked for twice a second."""
     deadline = time.monotonic() + 60
-    while not path.exists():
+    while not (folder / "stop").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    time.sleep(0.6)
 
 
 HELD = ["objective=faulty", "objective.fault=hold", "objective.step=6", "train.checkpoint={every_steps: 4, keep: 9}"]
@@ -238,7 +240,7 @@ def test_a_run_that_is_ended_goes_on_to_the_same_weights(job, tiny, tiny_package
     wait_for_step(process, folder, 5)
     process.send_signal(how)
     if how == signal.SIGTERM:
-        wait_for_file(folder / "stop")
+        wait_for_stop_file(folder)
         (tmp_path / "go").touch()
     out, _ = process.communicate(timeout=180)
     record = read_record(folder)
@@ -279,7 +281,7 @@ def test_a_users_model_trains_on_ray_until_sigterm_and_goes_on(on_ray, job, tiny
     folder = tmp_path / "runs" / "a"
     wait_for_step(process, folder, 5)
     process.send_signal(signal.SIGTERM)
-    wait_for_file(folder / "stop")
+    wait_for_stop_file(folder)
     (tmp_path / "go").touch()
     out, _ = process.communicate(timeout=180)
     record = read_record(folder)

@@ -183,7 +183,7 @@ def test_a_checkpoint_holds_what_a_run_needs_to_go_on(checkpoints, tiny_data):
     assert (state["step"], state["seed"], state["config"]["train"]["max_steps"]) == (4, 0, 5)
     assert (state["position"]["epoch"], state["position"]["step"], sum(state["position"]["cursors"])) == (0, 4, 600)
     assert state["tokens"][:4] == ["user", "item", "tags", "brand"]
-    assert state["schema"]["labels"][0] == {"name": "click"}
+    assert state["schema"]["labels"][0] == {"name": "click", "negative_keep_rate": 0.5}
     assert state["versions"]["torch"] == torch.__version__
 
 
