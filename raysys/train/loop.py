@@ -132,21 +132,22 @@ class TrainLoop:
 
     def evaluate(self, split: str, **options: Any) -> Evaluation:
         """Metrics of one split with the current weights, the same on every rank."""
+        ahead = self._pipeline if isinstance(self._pipeline, TrainPipelineSparseDist) else None
+        if ahead is not None:
+            ahead.detach()  # it has replaced the forward of the sharded tables
         self.model.eval()
         evaluation = evaluate(unwrap(self.model).model, self.job, split, self.device, **options)
         self.model.train()
+        if ahead is not None:
+            ahead.attach()
         self.emit({"event": "evaluation", "step": self.step, "epoch": self.position.epoch, **evaluation.event()})
         self.timer.skip()
         return evaluation
 
     def _evaluate(self) -> bool:
         """Evaluate the validation split, keep the best checkpoint; True where patience has run out."""
-        if isinstance(self._pipeline, TrainPipelineSparseDist):
-            self._pipeline.detach()  # it has replaced the forward of the sharded tables
         if self.best.update(self.evaluate("valid").tasks, self.step):
             self.save("best")
-        if isinstance(self._pipeline, TrainPipelineSparseDist):
-            self._pipeline.attach()
         return self.best.patience_is_over
 
     def _make_pipeline(self) -> TrainPipelineBase | TrainPipelineSparseDist:

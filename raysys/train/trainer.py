@@ -62,6 +62,11 @@ def prepare(config: Config) -> Prepared:
             f"train.early_stopping needs a validation split, and {data} has none",
             "add valid.parquet, or set train.early_stopping=null",
         )
+    if settings.calibration != "none" and not job.has_split("valid"):
+        raise UserError(
+            f"train.calibration is fitted on a validation split, and {data} has none",
+            "add valid.parquet, or set train.calibration=none",
+        )
     if job.has_split("valid"):
         job.log("valid")
     BestSoFar(settings.early_stopping, schema)
@@ -126,7 +131,7 @@ def _run_folder(config: Config) -> tuple[Path, Path | None]:
         unfinished = [path for path in runs.glob("*/run.json") if _takes_up(path.parent, config)]
         if unfinished:
             return max(unfinished, key=lambda path: path.stat().st_mtime).parent, None
-    folder = runs / run_id if run_id else _new_folder(runs, config["name"])
+    folder = runs / str(run_id) if run_id else _new_folder(runs, config["name"])
     if resume != "auto" and (folder / RECORD).exists():
         raise UserError(f"run {folder} exists already", "give it another run_id, or continue it with resume=auto")
     if resume in ("auto", "none"):

@@ -124,6 +124,12 @@ def test_checkpoints_are_written_at_intervals_and_only_some_are_kept(train_tiny)
     assert outcome.checkpoint.name == "step_00000010"
 
 
+def test_a_pipeline_that_looks_ahead_gives_way_to_evaluations(train_tiny):
+    base, ahead = (train_tiny(f"train.pipeline={kind}", "train.epochs=2")[1] for kind in ("base", "sparse_dist"))
+    assert ahead.metrics.keys() == {"valid", "test"}
+    assert repr(ahead.metrics) == repr(base.metrics)  # some are NaN, which equals nothing
+
+
 def test_valid_is_evaluated_each_epoch_and_once_at_the_end(train_tiny):
     _, _, events = train_tiny("train.epochs=2")
     found = [(event["split"], event["step"], event["epoch"]) for event in events if event["event"] == "evaluation"]

@@ -116,6 +116,8 @@ def test_a_log_without_validation_and_test_trains_too(data, tiny_config):
         (data / f"{split}.parquet").unlink()
     outcome = fit(prepare(tiny_config(f"data.folder={data}")), [])
     assert (outcome.status, outcome.metrics) == ("finished", {})
+    with pytest.raises(UserError, match=r"train\.calibration is fitted on a validation split"):
+        prepare(tiny_config(f"data.folder={data}", "run_id=c", "train.calibration=platt"))
     with pytest.raises(UserError, match=r"train\.early_stopping needs a validation split"):
         prepare(tiny_config(f"data.folder={data}", "train.early_stopping={}"))
 
