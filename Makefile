@@ -20,7 +20,7 @@ test: setup ## Run the test suite
 	$(PYTEST) $(ARGS)
 
 soak: setup ## Run the tests that train or kill things, and write a record to docs/records/
-	$(PYTEST) -m "experiment or soak" --timeout 3600 --record docs/records $(ARGS)
+	$(PYTEST) -m "experiment or soak" --timeout 3600 --record=docs/records $(ARGS)
 
 bench: setup ## Measure throughput against the bare loop
 	$(VENV) jobs/bench.py $(ARGS)
