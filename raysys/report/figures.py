@@ -140,7 +140,8 @@ def _metric(record: RunRecord, task: str, metric: str) -> Markup | None:
     window = [((event.get("metrics") or {}).get(task) or {}).get(metric) for event in record.steps]
     series = [Series("train (window)", _steps(record.steps), window, "train")]
     for split in in_order(list(dict.fromkeys(event["split"] for event in record.evaluations)), SPLITS):
-        events = [event for event in record.evaluations if event["split"] == split]
+        of_split = (event for event in record.evaluations if event["split"] == split)
+        events = sorted(of_split, key=lambda event: event["step"])  # the best weights are evaluated again at the end
         y = [(event["tasks"].get(task) or {}).get(metric) for event in events]
         series.append(Series(split, _steps(events), y, split, dots=True))
     series = [one for one in series if any(y is not None for y in one.y)]
