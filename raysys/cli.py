@@ -150,3 +150,7 @@ def print_rich(content: RenderableType) -> None:
     from rich.console import Console
 
     Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(content)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
