@@ -115,6 +115,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.distributed.init_process_group()
     data = read_batches(sys.argv[2], 4096, torch.distributed.get_rank(), torch.distributed.get_world_size())
-    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     for rate in itertools.islice(run(Model(sys.argv[1]), data, where, 20, sys.argv[3]), 5):
         print(f"{rate:,.0f} rows/s", flush=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_rival import LOG, Rival
+from bench_rival import LOG, THREADS, Rival
 from torch.profiler import ProfilerActivity, profile
 
 SHOWN = 30
@@ -61,9 +61,11 @@ def raysys(run: dict[str, Any], path: str) -> Iterator[float]:
     """Recorder of raysys's train loop without Ray, in as many processes as `run`, a `bench_raysys.Run`, has workers."""
     from bench_raysys import Run
 
+    from raysys.train.job import set_up_process
     from raysys.train.launch import Worker
     from raysys.train.loop import TrainLoop
 
+    set_up_process(THREADS)
     prepared = Run(**{**run, "folder": Path(run["folder"])}).prepare_turns()
     steps, steps_done = run["steps"], 0
     recordings: list[_Recording] = []

@@ -8,8 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+
+from raysys.config import compose, instantiate
+from raysys.data.synthetic import prepare_criteo_shaped
+from raysys.data.synthetic.criteo_shaped import criteo_shaped_schema
+from raysys.models.flops import flops_per_row
 
 JOBS = Path(__file__).parents[2] / "jobs"
 BARE = JOBS / "bench_bare.py"
@@ -33,9 +40,9 @@ def process_group():
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """bench.json of two sections, one of which trains."""
+    """What `bench.py --quick` wrote and printed."""
     folder = tmp_path_factory.mktemp("bench")
-    command = [sys.executable, str(JOBS / "bench.py"), "--quick", "--sections", "reader", "sparse", "--out", "out"]
+    command = [sys.executable, str(JOBS / "bench.py"), "--quick", "--sections", "sparse", "--out", "out"]
     environment = os.environ | {"PYTHONPATH": str(JOBS.parent), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -57,20 +64,16 @@ def test_the_json_says_what_was_measured_and_where(quick):
     assert content["cpus"] >= 1
     assert content["threads_per_process"] == 1
     assert set(content["versions"]) == {"torch", "torchrec", "ray", "pyarrow"}
-    assert set(content["seconds"]) == {"reader", "sparse"}
-    assert [(row["section"], row["target"]) for row in content["rows"]] == [
-        ("reader", 5.0),
-        ("sparse", 3.0),
-        ("sparse", None),
-    ]
+    assert set(content["seconds"]) == {"sparse"}
+    assert [(row["section"], row["target"]) for row in content["rows"]] == [("sparse", 3.0), ("sparse", None)]
 
 
 def test_every_figure_is_the_median_of_the_ratios_of_its_rounds(quick):
     _, content, _ = quick
     row = content["rows"][0]
     rates = row["detail"]["rows_per_second"]
-    assert set(rates) == {"raysys", "bare", "reader"}
-    ratios = [a / b for a, b in zip(rates["reader"]["turns"], rates["raysys"]["turns"], strict=True)]
+    assert set(rates) == {"fused", "rowwise", "plain"}
+    ratios = [a / b for a, b in zip(rates["fused"]["turns"], rates["plain"]["turns"], strict=True)]
     assert row["detail"]["ratios"] == pytest.approx(ratios)
     assert len(ratios) == content["settings"]["rounds"]
     assert row["value"] == pytest.approx(sum(ratios) / 2)  # the median of two
@@ -87,11 +90,54 @@ def test_a_missed_row_has_a_profile_and_a_met_one_none(quick):
             assert row["profile"] in output
 
 
-def test_both_sides_of_end_to_end_have_the_same_size(jobs):
-    from raysys.config import compose, instantiate
-    from raysys.data.synthetic.criteo_shaped import criteo_shaped_schema
-    from raysys.models.flops import flops_per_row
+class _Rival:
+    """Counts its turns, and fails in the one that is named."""
 
+    def __init__(self, fails: int = 0):
+        self.turns, self.fails, self.closed = 0, fails, False
+
+    def turn(self):
+        self.turns += 1
+        if self.turns == self.fails:
+            raise RuntimeError("the rival ended")
+        return float(self.turns)
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("log") / "data"
+    prepare_criteo_shaped(folder, rows=1800, processes=1)
+    return str(folder)
+
+
+def test_rivals_have_their_turn_after_each_of_the_train_loop(jobs, log, tmp_path):
+    raysys, rival = jobs("bench_raysys"), _Rival()
+    run = raysys.Run("dlrm", 1, log, tmp_path, 64, 5, 2, on_ray=False)
+    timing = raysys.time_run(run, {"other": rival})
+    assert timing.rates["other"] == [2.0, 3.0]  # without the first turn
+    assert len(timing.rates["raysys"]) == 2
+    assert all(rate > 0 for rate in timing.rates["raysys"])
+    assert timing.facts["dense_parameters"] == 173_969
+    assert rival.closed
+
+
+def test_a_rival_that_fails_ends_the_measurement(jobs, log, tmp_path):
+    raysys, rival = jobs("bench_raysys"), _Rival(fails=2)
+    with pytest.raises(RuntimeError, match="the rival ended"):
+        raysys.time_run(raysys.Run("dlrm", 1, log, tmp_path, 64, 5, 2, on_ray=False), {"other": rival})
+    assert rival.closed
+
+
+def test_the_reader_is_timed_over_a_whole_pass(jobs, log):
+    rates = jobs("bench_raysys").read(log, 64)
+    assert next(rates) > 0
+    assert next(rates) > 0
+
+
+def test_both_sides_of_end_to_end_have_the_same_size(jobs):
     bare, models, raysys = jobs("bench_bare"), jobs("bench_models"), jobs("bench_raysys")
     schema = criteo_shaped_schema()
     for name, experiment in raysys.EXPERIMENTS.items():
@@ -149,9 +195,6 @@ def _weights(model):
 
 
 def test_batches_of_the_bare_loop_are_dealt_out_to_the_processes(jobs, tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     bare = jobs("bench_bare")
     columns = {name: torch.arange(11.0).numpy() + k for k, name in enumerate(bare.DENSE)}
     columns |= {name: torch.arange(11).numpy() + 100 * k for k, name in enumerate(bare.FIELDS)}
