@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import sys
 import tempfile
 import time
 import warnings
@@ -260,7 +261,8 @@ def main() -> None:
     (options.out / LOG).unlink(missing_ok=True)
     logging.disable(logging.WARNING)  # TorchRec warns of every table that it replicates
     warnings.simplefilter("ignore")
-    console, about, rows = Console(), bench_result.machine() | {"settings": dataclasses.asdict(sizes)}, []
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    about, rows = bench_result.machine() | {"settings": dataclasses.asdict(sizes)}, []
     if not Path(sizes.data).exists():
         console.print(f"preparing {sizes.data}")
         prepare_criteo_shaped(sizes.data, rows=sizes.log_rows)

@@ -95,7 +95,10 @@ def show(rows: Sequence[Row], about: dict[str, Any], console: Console) -> None:
     )
     if about["load_before"] > about["cpus"] / 2:
         console.print("[red]other work was running: do not trust these figures[/]")
-    table = Table("section", "figure", "value", "target", "", "rates", box=None, header_style="bold")
+    table = Table(box=None, header_style="bold")
+    for title in ("section", "figure", "value", "target", ""):
+        table.add_column(title, no_wrap=True)
+    table.add_column("rates")
     for row in rows:
         verdict = {True: "[green]met[/]", False: "[red]missed[/]", None: ""}[row.met]
         rates = row.detail.get("rows_per_second", {})
