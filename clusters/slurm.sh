@@ -13,8 +13,8 @@ cd "${SLURM_SUBMIT_DIR:?submit this script with sbatch}"
 export PATH="$PWD/.venv/bin:$PATH"
 
 # --exclusive: at its end Ray stops every Ray process of the user on the node.
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-address="$head:6379"
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+address="${nodes[0]}:6379"
 
 export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-eth0}" # the interface that the nodes reach each other by (ib0, hsn0, ...)
 export RAY_TMPDIR="${RAY_TMPDIR:-/tmp}"                 # Slurm's TMPDIR is often too long for Ray's sockets
