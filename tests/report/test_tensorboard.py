@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -10,6 +12,10 @@ def write(folder, events) -> EventAccumulator:
     with TensorBoard(folder) as board:
         for event in events:
             board.update(event)
+    return read(folder)
+
+
+def read(folder) -> EventAccumulator:
     accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     accumulator.Reload()
     return accumulator
@@ -41,7 +47,13 @@ def test_curves_read_back(tmp_path, events):
 def test_steps_after_a_restart_replace_those_they_repeat(tmp_path, events):
     steps = [event for event in events if event["event"] == "step"]
     again = [{**event, "loss": 99.0} for event in steps[4:8]]  # 50 to 80, after 60 had been reached
-    board = write(tmp_path, [events[0], *steps[:6], *again])
+    with TensorBoard(tmp_path) as board:
+        for event in (events[0], *steps[:6]):
+            board.update(event)
+        time.sleep(1.1)  # files are read in the order of the second in their names, then of a number that is text
+        for event in again:
+            board.update(event)
+    board = read(tmp_path)
     assert [(point.step, point.value == 99.0) for point in board.Scalars("loss/total")] == [
         (10, False), (20, False), (30, False), (40, False), (50, True), (60, True), (70, True), (80, True),
     ]  # fmt: skip
