@@ -11,6 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from raysys.data.log import ParquetLog
+from raysys.data.transforms import Transforms
 from raysys.schema import FeatureSchema
 
 SCHEMA = {
@@ -130,3 +132,9 @@ def train_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("log") / "train.parquet"
     pq.write_table(random_table(1000, seed=0), path, row_group_size=300)
     return path
+
+
+@pytest.fixture(scope="session")
+def transforms(schema: FeatureSchema, train_path: Path) -> Transforms:
+    """Fitted on the log of `train_path`."""
+    return Transforms.fit(schema, ParquetLog(train_path, schema), seed=3)
