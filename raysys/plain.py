@@ -1,17 +1,30 @@
-"""Frozen dataclasses from and to plain data (what YAML and JSON hold), with errors that name the wrong key."""
+"""Plain data (what YAML and JSON hold): to and from frozen dataclasses, with errors that name the wrong key, and compared."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from raysys.errors import UserError, nearest
 
 T = TypeVar("T")
 
+NOT_SET = "(not set)"
+"""Stands for a config key that only the other config has."""
+
 _TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (float, int), "bool": (bool,)}
 _WORDS = {"str": "a string", "int": "a whole number", "float": "a number", "bool": "true or false"}
+
+
+@dataclass(frozen=True)
+class ConfigDifference:
+    """A key (dotted) whose value differs; a config that does not have the key has NOT_SET."""
+
+    key: str
+    a: Any
+    b: Any
 
 
 def build(kind: type[T], content: Any, where: str) -> T:
@@ -47,6 +60,26 @@ def without_defaults(item: Any) -> dict[str, Any]:
         elif value != f.default:
             content[f.name] = value
     return content
+
+
+def config_differences(a: Any, b: Any, prefix: str = "") -> list[ConfigDifference]:
+    """The leaves that differ between two nested configs; lists are compared whole unless they hold mappings."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = [*a, *(key for key in b if key not in a)]
+        pairs = [(f"{prefix}.{key}" if prefix else str(key), a.get(key, NOT_SET), b.get(key, NOT_SET)) for key in keys]
+    elif isinstance(a, list) and isinstance(b, list) and any(isinstance(item, dict) for item in (*a, *b)):
+        size = max(len(a), len(b))
+        pad_a, pad_b = [*a, *[NOT_SET] * (size - len(a))], [*b, *[NOT_SET] * (size - len(b))]
+        pairs = [(f"{prefix}[{i}]", pad_a[i], pad_b[i]) for i in range(size)]
+    else:
+        same = a == b and isinstance(a, bool) == isinstance(b, bool)
+        return [] if same else [ConfigDifference(prefix, a, b)]
+    return [found for key, left, right in pairs for found in config_differences(left, right, key)]
+
+
+def config_value(value: Any) -> str:
+    """A value as it would be written on the command line: `null`, `true`."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _check_type(value: Any, annotation: str, where: str) -> None:

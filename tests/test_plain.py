@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from raysys.errors import UserError
-from raysys.plain import build, without_defaults
+from raysys.plain import NOT_SET, ConfigDifference, build, config_differences, config_value, without_defaults
 
 
 @dataclass(frozen=True)
@@ -53,3 +53,27 @@ def test_mistakes_are_named(content, message, hint):
         build(Part, content, "file")
     assert error.value.message == message
     assert error.value.hint == hint
+
+
+def test_differences_of_nested_configs_are_found_by_their_keys():
+    a = {
+        "m": {"x": 1, "list": [1, 2], "parts": [{"k": 1}, {"k": 2}], "gone": None},
+        "same": {"deep": [1]},
+        "flag": True,
+    }
+    b = {
+        "m": {"x": 2, "list": [1, 3], "parts": [{"k": 1}, {"k": 3}, {"k": 4}], "new": {"y": 0}},
+        "same": {"deep": [1]},
+        "flag": 1,
+    }
+    assert config_differences(a, b) == [
+        ConfigDifference("m.x", 1, 2),
+        ConfigDifference("m.list", [1, 2], [1, 3]),
+        ConfigDifference("m.parts[1].k", 2, 3),
+        ConfigDifference("m.parts[2]", NOT_SET, {"k": 4}),
+        ConfigDifference("m.gone", None, NOT_SET),
+        ConfigDifference("m.new", NOT_SET, {"y": 0}),
+        ConfigDifference("flag", True, 1),
+    ]
+    assert config_differences(a, a) == []
+    assert [config_value(value) for value in (None, True, 1, [1])] == ["null", "true", "1", "[1]"]

@@ -17,26 +17,15 @@ from rich.table import Table
 from rich.text import Text
 
 from raysys.errors import UserError
+from raysys.plain import ConfigDifference, config_differences, config_value
 from raysys.report.format import ABSENT, METRICS, SPLITS, count, in_order, metric_title, number
 from raysys.report.record import RunRecord, load_record
 from raysys.strict_json import to_plain
-
-NOT_SET = "(not set)"
-"""Stands for a config key that only the other run has."""
 
 _WITH_INTERVAL = ("ne", "auc", "log_loss")
 
 PairedInterval = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, str], tuple[float, float, float]]
 """`raysys.train.intervals.paired_interval`: (labels, weights, p_a, p_b, metric) to (metric(p_b) - metric(p_a), low, high)."""
-
-
-@dataclass(frozen=True)
-class ConfigDifference:
-    """A key (dotted) whose value differs; a run that does not have the key has NOT_SET."""
-
-    key: str
-    a: Any
-    b: Any
 
 
 @dataclass(frozen=True)
@@ -106,21 +95,6 @@ def compare(run_a: str | Path, run_b: str | Path, paired_interval: PairedInterva
     return Comparison(a.run_id, b.run_id, config_differences(a.config, b.config), rows, notes)
 
 
-def config_differences(a: Any, b: Any, prefix: str = "") -> list[ConfigDifference]:
-    """The leaves that differ between two nested configs; lists are compared whole unless they hold mappings."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        keys = [*a, *(key for key in b if key not in a)]
-        pairs = [(f"{prefix}.{key}" if prefix else str(key), a.get(key, NOT_SET), b.get(key, NOT_SET)) for key in keys]
-    elif isinstance(a, list) and isinstance(b, list) and any(isinstance(item, dict) for item in (*a, *b)):
-        size = max(len(a), len(b))
-        pad_a, pad_b = [*a, *[NOT_SET] * (size - len(a))], [*b, *[NOT_SET] * (size - len(b))]
-        pairs = [(f"{prefix}[{i}]", pad_a[i], pad_b[i]) for i in range(size)]
-    else:
-        same = a == b and isinstance(a, bool) == isinstance(b, bool)
-        return [] if same else [ConfigDifference(prefix, a, b)]
-    return [found for key, left, right in pairs for found in config_differences(left, right, key)]
-
-
 def render_comparison(comparison: Comparison) -> RenderableType:
     """Tables for the terminal: config, then metrics with intervals, then notes."""
     same_name = comparison.a == comparison.b
@@ -129,7 +103,7 @@ def render_comparison(comparison: Comparison) -> RenderableType:
     if comparison.config:
         table = _table("config", a, b)
         for one in comparison.config:
-            table.add_row(Text(one.key), Text(_value(one.a)), Text(_value(one.b)))
+            table.add_row(Text(one.key), Text(config_value(one.a)), Text(config_value(one.b)))
         parts.append(table)
     else:
         parts.append(Text("the configs are the same"))
@@ -157,10 +131,6 @@ def _table(*titles: str) -> Table:
     for title in titles:
         table.add_column(Text(title), overflow="fold")
     return table
-
-
-def _value(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _differences(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raysys.config import fingerprint
+from raysys.plain import ConfigDifference, config_differences
 from raysys.strict_json import to_plain
 from raysys.train.job import Job, machine, versions
 
@@ -18,7 +19,16 @@ _NOT_THE_RUN = ("run_id", "resume", "debug", "dry_run", "runs_folder", "trainer"
 
 def config_hash(config: dict[str, Any]) -> str:
     """A hash of what decides a run's result (not where it runs): two runs with one hash are the same experiment."""
-    return fingerprint({key: value for key, value in config.items() if key not in _NOT_THE_RUN})
+    return fingerprint(_of_the_run(config))
+
+
+def config_changes(before: dict[str, Any], now: dict[str, Any]) -> list[ConfigDifference]:
+    """What differs between a recorded config and one of now, of the keys that decide a run's result."""
+    return config_differences(_of_the_run(before), to_plain(_of_the_run(now)))
+
+
+def _of_the_run(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in _NOT_THE_RUN}
 
 
 class RunRecord:

@@ -20,6 +20,7 @@ from raysys.data.log import ParquetLog, split_path
 from raysys.data.transforms import Transforms
 from raysys.errors import UserError
 from raysys.models.flops import flops_per_row
+from raysys.plain import config_value
 from raysys.schema import FeatureSchema
 from raysys.train.best import BestSoFar
 from raysys.train.checkpoint import list_checkpoints, verify_checkpoint
@@ -29,11 +30,12 @@ from raysys.train.job import Job, absolute, device_type
 from raysys.train.launch import launch
 from raysys.train.loop import total_steps
 from raysys.train.plan import TablePlan, plan_table, plan_tables
-from raysys.train.record import RECORD, RunRecord, config_hash, read_record
+from raysys.train.record import RECORD, RunRecord, config_changes, config_hash, read_record
 from raysys.train.size import parameter_counts
 from raysys.train.slices import check_slices
 
 Listener = Callable[[dict[str, Any]], None]
+_NAMED_CHANGES = 3
 
 
 @dataclass(frozen=True)
@@ -123,8 +125,8 @@ def fit(prepared: Prepared, listeners: Sequence[Listener]) -> Outcome:
 def _run_folder(config: Config) -> tuple[Path, Path | None]:
     """The folder of this run, and the checkpoint of another run that it starts from.
 
-    `resume: auto` takes up the run `run_id`, or else the newest unfinished run of the same config; `none` starts a run; a
-    path starts one that continues from that checkpoint.
+    `resume: auto` takes up the run `run_id`, which must have the same config, or else the newest unfinished run of the same
+    config; `none` starts a run; a path starts one that continues from that checkpoint.
     """
     runs, resume, run_id = Path(config["runs_folder"]).resolve(), config["resume"], config["run_id"]
     if resume == "auto" and run_id is None:
@@ -134,6 +136,8 @@ def _run_folder(config: Config) -> tuple[Path, Path | None]:
     folder = runs / str(run_id) if run_id else _new_folder(runs, config["name"])
     if resume != "auto" and (folder / RECORD).exists():
         raise UserError(f"run {folder} exists already", "give it another run_id, or continue it with resume=auto")
+    if resume == "auto":
+        _check_same_config(folder, config)
     if resume in ("auto", "none"):
         return folder, None
     checkpoint = Path(resume).resolve()
@@ -158,6 +162,21 @@ def _takes_up(folder: Path, config: Config) -> bool:
         record is not None
         and record["config_hash"] == config_hash(config)
         and record["status"] in ("running", "interrupted", "failed")
+    )
+
+
+def _check_same_config(folder: Path, config: Config) -> None:
+    """A run goes on as it began: its record and its events could not say otherwise."""
+    record = read_record(folder)
+    changes = config_changes(record["config"], config) if record else []
+    if not changes:
+        return
+    named = [f"{change.key} {config_value(change.a)} → {config_value(change.b)}" for change in changes[:_NAMED_CHANGES]]
+    more = [f"{len(changes) - _NAMED_CHANGES} more"] if len(changes) > _NAMED_CHANGES else []
+    start = "".join(f" resume={path}" for path in list_checkpoints(folder / "checkpoints")[-1:])
+    raise UserError(
+        f"run {folder} has another config: {', '.join(named + more)}",
+        f"give the old values, or start a new run with the new ones: another run_id{start and ' and' + start}",
     )
 
 

@@ -10,12 +10,10 @@ import pytest
 from rich.console import Console
 
 from raysys.errors import UserError
+from raysys.plain import ConfigDifference
 from raysys.report.compare import (
-    NOT_SET,
-    ConfigDifference,
     MetricDifference,
     compare,
-    config_differences,
     render_comparison,
 )
 from raysys.train import intervals
@@ -105,29 +103,6 @@ def test_an_undefined_interval_is_none_and_gives_no_verdict(pair):
     row = find(compare(*pair, lambda *_: (np.nan, np.nan, np.nan)), "test", "like", "ne")
     assert row.difference == pytest.approx(-0.05)
     assert (row.low, row.high, row.verdict) == (None, None, "")
-
-
-def test_nested_configs():
-    a = {
-        "m": {"x": 1, "list": [1, 2], "parts": [{"k": 1}, {"k": 2}], "gone": None},
-        "same": {"deep": [1]},
-        "flag": True,
-    }
-    b = {
-        "m": {"x": 2, "list": [1, 3], "parts": [{"k": 1}, {"k": 3}, {"k": 4}], "new": {"y": 0}},
-        "same": {"deep": [1]},
-        "flag": 1,
-    }
-    assert config_differences(a, b) == [
-        ConfigDifference("m.x", 1, 2),
-        ConfigDifference("m.list", [1, 2], [1, 3]),
-        ConfigDifference("m.parts[1].k", 2, 3),
-        ConfigDifference("m.parts[2]", NOT_SET, {"k": 4}),
-        ConfigDifference("m.gone", None, NOT_SET),
-        ConfigDifference("m.new", NOT_SET, {"y": 0}),
-        ConfigDifference("flag", True, 1),
-    ]
-    assert config_differences(a, a) == []
 
 
 def test_examples_that_only_one_run_has_are_left_out_and_told(make_run, events, record, make_predictions):

@@ -198,6 +198,31 @@ def test_a_run_starts_from_the_checkpoint_of_another_with_its_vocabulary(train_t
     assert next(event for event in events if event["event"] == "resumed")["path"] == str(path)
 
 
+def test_a_run_goes_on_with_its_own_config_only(train_tiny, tiny_config, tmp_path):
+    folder, _, _ = train_tiny("run_id=a")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    checkpoint = checkpoint_path(folder / "checkpoints", 10)
+    new = ["train.epochs=2", "train.optimizers.dense.lr=0.002", "train.slices=[brand]", "seed=1"]
+    for overrides, changes in (
+        (new[:1], "train.epochs 1 → 2"),
+        (new, "train.epochs 1 → 2, train.slices [] → ['brand'], train.optimizers.dense.lr 0.001 → 0.002, 1 more"),
+    ):
+        with pytest.raises(UserError) as caught:
+            prepare(tiny_config("run_id=a", "resume=auto", *overrides))
+        assert caught.value.message == f"run {folder} has another config: {changes}"
+        assert caught.value.hint == (
+            f"give the old values, or start a new run with the new ones: another run_id and resume={checkpoint}"
+        )
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert (
+        prepare(tiny_config("run_id=a", "resume=auto", "trainer=ray", f"runs_folder={tmp_path}/runs/")).job.folder
+        == folder
+    )
+    longer, outcome, events = train_tiny("run_id=b", f"resume={checkpoint}", *new[:3])  # what the hint says works
+    assert (longer.name, outcome.step) == ("b", 20)
+    assert [event["step"] for event in events if event["event"] == "step"] == list(range(11, 21))
+
+
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), "interrupted"), (OSError("disk full"), "failed")])
 def test_a_run_that_breaks_off_says_so(tiny_config, error, status):
     prepared, events = prepare(tiny_config()), []
