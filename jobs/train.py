@@ -33,7 +33,7 @@ def main(config: Config) -> None:
     print_start(prepared.facts, format_plan(prepared.plan), console)
     if config["dry_run"]:
         facts, settings = prepared.facts, prepared.job.trainer
-        rows = facts["total_steps"] * prepared.job.train.batch_size
+        rows = facts["total_steps"] * facts["rows_per_epoch"] // facts["steps_per_epoch"]
         threads = int(facts["world_size"] * settings.cpus_per_worker)
         print_dry_run(facts, estimate_seconds(facts["flops_per_row"], rows, threads), console)
         return

@@ -137,7 +137,13 @@ def tiny_package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def tiny_configs(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path, tiny_package: Path) -> Path:
     """A folder of config groups for `--config-dir`: the data set, a DHEN with dropout, and what `tinypkg` has."""
     folder = tmp_path_factory.mktemp("configs")
-    data = {"folder": str(tiny_data), "shards": 6, "shuffle_rows": 100, "prefetch": 2}
+    data = {
+        "folder": str(tiny_data),
+        "shards": 6,
+        "shuffle_rows": 100,
+        "keep_groups_whole": False,
+        "prefetch": 2,
+    }
     for name, content in {"data/tiny": data, **TINY_CONFIGS}.items():
         path = folder / f"{name}.yaml"
         path.parent.mkdir(exist_ok=True)

@@ -67,7 +67,11 @@ class Shuffle:
 
     def permute(self, rows: Rows, shard: int, block: int) -> Rows:
         """The rows of a block in the order of this epoch."""
-        return rows.take(permutation(len(rows), (self.seed, self.epoch, shard, block))) if self.block_rows else rows
+        return rows.take(self.order(len(rows), shard, block)) if self.block_rows else rows
+
+    def order(self, size: int, shard: int, block: int) -> NDArray[np.int64]:
+        """The permutation of a block of `size`."""
+        return permutation(size, (self.seed, self.epoch, shard, block))
 
 
 class Shard:

@@ -136,7 +136,7 @@ def encode_row_ids(
         if name is not None and name in columns:
             if role != "group_id":
                 _require_values(columns[name], name, role, source)
-            convert = {"example_id": integers, "group_id": _group_ids, "time": seconds}[role]
+            convert = {"example_id": integers, "group_id": group_ids, "time": seconds}[role]
             rows[role] = convert(columns[name])
     if (rows["example_id"] == -1).any():
         row = int(np.argmax(rows["example_id"] == -1))
@@ -144,7 +144,8 @@ def encode_row_ids(
     return rows
 
 
-def _group_ids(column: pa.Array) -> NDArray[np.int64]:
+def group_ids(column: pa.Array) -> NDArray[np.int64]:
+    """`group_id` of a column [n]: integers as they are, 63 bits of a hash of text, 0 for a null."""
     if not is_text(column):
         return integers(column)
     groups, valid = np.zeros(len(column), np.int64), column.is_valid().to_numpy(zero_copy_only=False)

@@ -8,6 +8,7 @@ from typing import Any
 
 from raysys.data.batch import Batch
 from raysys.data.blocks import EncodedLog, Shard, Shuffle
+from raysys.data.groups import Groups, GroupSchedule, GroupShuffle, read_groups
 from raysys.data.log import ParquetLog
 from raysys.data.prefetch import prefetch
 from raysys.data.schedule import Schedule
@@ -40,7 +41,8 @@ class Reader:
     `Schedule`). A rank owns the shards s = rank (mod world_size), so global batch g has the same rows for every number
     of ranks. Each shard is shuffled in blocks of `shuffle_rows` rows (0: file order) by (seed, epoch, shard, block).
     Ranks that have fewer rows of a batch than others get padding; see `Batch`. `prefetch` batches are made ahead in a
-    thread (0: none).
+    thread (0: none). With `keep_groups_whole` all rows of a group are in one batch of one rank, and batches have
+    `batch_size` rows on average; groups are shuffled in place of rows.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Reader:
         shuffle_rows: int = 16384,
         prefetch: int = 2,
         labels: bool = True,
+        keep_groups_whole: bool = False,
     ) -> None:
         if world_size > shards:
             raise UserError(
@@ -65,37 +68,48 @@ class Reader:
             raise UserError(f"{log.path}: {log.num_rows} rows for {world_size} workers", "use fewer workers")
         self.log = log
         self.transforms = transforms
-        self.schedule = Schedule(log.num_rows, batch_size, shards, world_size)
+        self._rows = Schedule(log.num_rows, batch_size, shards, world_size)
+        self._groups = Groups(read_groups(log), batch_size, shards, world_size) if keep_groups_whole else None
         self.rank = rank
         self.world_size = world_size
         self.seed = seed
         self.shuffle_rows = shuffle_rows
         self.prefetch = prefetch
         self._encoded = EncodedLog(log, transforms, labels)
-        self.steps_per_epoch = self.schedule.steps
-        self.local_batch_size = self.schedule.padded_rows(0)
+        first_epoch, _ = self._order(0)
+        self.steps_per_epoch = first_epoch.steps
+        self.local_batch_size = first_epoch.largest
 
     def epoch(self, position: Position = Position()) -> Iterator[tuple[Batch, Position]]:
         """The batches of `position.epoch` that are left, each with the position after it; none after the last one."""
-        expected = self.schedule.taken(position.step)
-        if position.step > self.steps_per_epoch or (position.cursors or (0,) * len(expected)) != expected:
+        schedule, shuffle = self._order(position.epoch)
+        cursors = position.cursors or (0,) * self._rows.shards
+        if position.step > self.steps_per_epoch or cursors != schedule.taken(position.step):
             raise UserError(
                 f"{self.log.path}: the saved position (step {position.step}, rows {list(position.cursors)}) is none of this log",
-                "resume with the data, data.batch_size and data.shards that it was saved with",
+                "resume with the data, the keys of data, train.batch_size and seed that it was saved with",
             )
-        batches = self._batches(position)
+        batches = self._batches(position, schedule, shuffle)
         return prefetch(batches, self.prefetch) if self.prefetch else batches
 
-    def _batches(self, position: Position) -> Generator[tuple[Batch, Position], None, None]:
-        cursors = self.schedule.taken(position.step)
-        shuffle = Shuffle(self.seed, position.epoch, self.shuffle_rows, self.schedule.shards)
+    def _order(self, epoch: int) -> tuple[Schedule | GroupSchedule, Shuffle]:
+        """How many rows each batch of an epoch takes from each shard, and in which order a shard gives them."""
+        key = (self.seed, epoch, self.shuffle_rows, self._rows.shards)
+        if self._groups is None:
+            return self._rows, Shuffle(*key)
+        shuffle = GroupShuffle(*key, self._groups)
+        return GroupSchedule(shuffle), shuffle
+
+    def _batches(
+        self, position: Position, schedule: Schedule | GroupSchedule, shuffle: Shuffle
+    ) -> Generator[tuple[Batch, Position], None, None]:
+        cursors = schedule.taken(position.step)
         shards = {
-            number: Shard(self._encoded, *self.schedule.shard(number), number, shuffle, cursors[number])
-            for number in range(self.rank, self.schedule.shards, self.world_size)
+            number: Shard(self._encoded, *schedule.shard(number), number, shuffle, cursors[number])
+            for number in range(self.rank, shuffle.shards, self.world_size)
         }
-        for step in range(position.step, self.steps_per_epoch):
-            quota = self.schedule.quota(step)
+        for step in range(position.step, schedule.steps):
+            quota = schedule.quota(step)
             parts = [part for number, shard in shards.items() for part in shard.take(quota[number])]
-            size = self.schedule.padded_rows(step)
-            batch = self.transforms.collate(parts, size)
-            yield batch, Position(position.epoch, step + 1, self.schedule.taken(step + 1))
+            batch = self.transforms.collate(parts, schedule.padded_rows(step))
+            yield batch, Position(position.epoch, step + 1, schedule.taken(step + 1))

@@ -43,6 +43,11 @@ class Schedule:
         """The rows [start, stop) of the log that are this shard."""
         return self._starts[shard], self._starts[shard + 1]
 
+    @property
+    def largest(self) -> int:
+        """Rows of the largest batch on every rank with its padding."""
+        return self.padded_rows(0)
+
     def padded_rows(self, step: int) -> int:
         """Rows of batch `step` on every rank with its padding: one size for all full batches."""
         return self._full_rows if step < self._full_steps else self._most_rows(step)

@@ -84,6 +84,7 @@ class Job:
             shuffle_rows=data["shuffle_rows"] if training else 0,
             prefetch=data["prefetch"],
             labels=labels,
+            keep_groups_whole=training and data["keep_groups_whole"],
         )
 
     def model(self, device: str) -> nn.Module:

@@ -18,6 +18,7 @@ from raysys.data import blocks
 from raysys.data.batch import Batch
 from raysys.data.log import ParquetLog
 from raysys.data.reader import Position, Reader
+from raysys.data.schedule import Schedule
 from raysys.data.transforms import Transforms
 from raysys.errors import UserError
 from raysys.schema import DenseFeature, FeatureSchema, Label, SparseFeature, Table
@@ -139,7 +140,7 @@ def test_without_shuffling_every_shard_is_in_file_order(make_reader):
     reader = make_reader(shuffle_rows=0, shards=3)
     ids = np.array(joined(epoch_ids(reader)))
     for shard in range(3):
-        start, stop = reader.schedule.shard(shard)
+        start, stop = Schedule(ROWS, 64, 3).shard(shard)
         own = ids[(ids >= start) & (ids < stop)]
         assert own.tolist() == list(range(start, stop))
     assert joined(epoch_ids(make_reader(shuffle_rows=0, shards=1))) == list(range(ROWS))
@@ -187,7 +188,9 @@ def test_a_position_of_another_log_or_batch_size_is_refused(make_reader):
     assert error.value.message == (
         f"{reader.log.path}: the saved position (step 1, rows {list(position.cursors)}) is none of this log"
     )
-    assert error.value.hint == "resume with the data, data.batch_size and data.shards that it was saved with"
+    assert error.value.hint == (
+        "resume with the data, the keys of data, train.batch_size and seed that it was saved with"
+    )
     with pytest.raises(UserError):
         make_reader().epoch(Position(step=17))
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+from raysys.errors import UserError
 from raysys.train.checkpoint import checkpoint_path, list_checkpoints
 from raysys.train.launch import Worker, _own_process_group
 from raysys.train.loop import NonFiniteLossError, TrainLoop, total_steps
@@ -69,6 +72,28 @@ def test_a_stopped_run_goes_on_to_the_same_losses_and_weights(undisturbed, tmp_p
         tensors_of(checkpoint_path(folder / "checkpoints", STEPS)) for folder in (tmp_path, expected_folder)
     )
     assert found == expected
+
+
+def test_whole_groups_train_and_go_on_with_every_row_counted(tiny_config, tiny_data, tmp_path, tensors_of):
+    options = ["train.epochs=2", "train.pipeline=sparse_dist", "data.keep_groups_whole=true"]
+    with pytest.raises(UserError, match=r"group 'u\d+' of column 'user' goes on.*\n.* sort the log by 'user'"):
+        prepare(tiny_config(*options))
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    pq.write_table(pq.read_table(data / "train.parquet").sort_by("user"), data / "train.parquet", row_group_size=400)
+    prepared = prepare(tiny_config(*options, f"data.folder={data}"))
+    assert prepared.facts["steps_per_epoch"] == 9, "35 users of 43 rows, 4 in a batch of about 150"
+    _, _, expected = run_loop(prepared, tmp_path / "whole")
+    _, _, before = run_loop(prepared, tmp_path / "stopped", stop_at=11)
+    status, step, after = run_loop(prepared, tmp_path / "stopped")
+    assert (status, step) == ("finished", 18)
+    losses = {step: (loss, rows) for step, (loss, _, rows, *_) in history(before + after)[0].items()}
+    assert losses == {step: (loss, rows) for step, (loss, _, rows, *_) in history(expected)[0].items()}
+    assert [losses[step][1] for step in (9, 18)] == [1500, 3000]
+    sizes = {losses[step][1] - losses[step - 1][1] for step in range(2, 9)}
+    assert len(sizes) > 1
+    assert all(100 < size < 250 for size in sizes)
+    paths = [checkpoint_path(tmp_path / folder / "checkpoints", 18) for folder in ("whole", "stopped")]
+    assert tensors_of(paths[0]) == tensors_of(paths[1])
 
 
 def test_losses_change_and_dropout_is_drawn_anew_each_step(undisturbed):
