@@ -28,6 +28,7 @@ from raysys.train.conclude import Outcome, train_worker
 from raysys.train.intervals import metric_interval
 from raysys.train.job import Job, absolute, device_type
 from raysys.train.launch import launch
+from raysys.train.lock import check_free, held, is_held
 from raysys.train.loop import total_steps
 from raysys.train.plan import TablePlan, plan_table, plan_tables
 from raysys.train.record import RECORD, RunRecord, config_changes, config_hash, read_record
@@ -93,9 +94,17 @@ def prepare(config: Config) -> Prepared:
 
 
 def fit(prepared: Prepared, listeners: Sequence[Listener]) -> Outcome:
-    """Train to the end. Listeners get every event in order; `run.json` says how it went, also when it went wrong."""
+    """Train to the end. Listeners get every event in order; `run.json` says how it went, also when it went wrong.
+
+    Raises UserError, with nothing changed, where another process is training this run.
+    """
+    prepared.job.folder.mkdir(parents=True, exist_ok=True)
+    with held(prepared.job.folder):
+        return _fit(prepared, listeners)
+
+
+def _fit(prepared: Prepared, listeners: Sequence[Listener]) -> Outcome:
     job, facts = prepared.job, prepared.facts
-    job.folder.mkdir(parents=True, exist_ok=True)
     job.transforms.save(job.folder / "transforms")
     job.schema.save(job.folder / "schema.yaml")
     keys = ("world_size", "device", "parameters", "bytes_per_rank", "flops_per_row")
@@ -126,7 +135,7 @@ def _run_folder(config: Config) -> tuple[Path, Path | None]:
     """The folder of this run, and the checkpoint of another run that it starts from.
 
     `resume: auto` takes up the run `run_id`, which must have the same config, or else the newest unfinished run of the same
-    config; `none` starts a run; a path starts one that continues from that checkpoint.
+    config that no process is training; `none` starts a run; a path starts one that continues from that checkpoint.
     """
     runs, resume, run_id = Path(config["runs_folder"]).resolve(), config["resume"], config["run_id"]
     if resume == "auto" and run_id is None:
@@ -137,6 +146,7 @@ def _run_folder(config: Config) -> tuple[Path, Path | None]:
     if resume != "auto" and (folder / RECORD).exists():
         raise UserError(f"run {folder} exists already", "give it another run_id, or continue it with resume=auto")
     if resume == "auto":
+        check_free(folder)
         _check_same_config(folder, config)
     if resume in ("auto", "none"):
         return folder, None
@@ -162,6 +172,7 @@ def _takes_up(folder: Path, config: Config) -> bool:
         record is not None
         and record["config_hash"] == config_hash(config)
         and record["status"] in ("running", "interrupted", "failed")
+        and not is_held(folder)
     )
 
 
