@@ -137,18 +137,34 @@ def instantiate(node: Config, *args: Any, allowed: Sequence[str] | None = None, 
         raise UserError(f"a config node needs a _target_ that names a class, found keys {', '.join(node)}")
     target = locate(path, allowed)
     values = {key: _instantiate_nested(value, allowed) for key, value in node.items() if key != "_target_"} | kwargs
-    signature = inspect.signature(target)
-    parameters = signature.parameters
-    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-        for key in values:
-            if key not in parameters:
-                known = [name for name in parameters if name not in kwargs][len(args) :]
-                raise UserError(f"{path} has no argument {key!r}", nearest(key, known))
+    known = arguments_of(target)
+    for key in values:
+        if known is not None and key not in known:
+            others = [name for name in known if name not in kwargs][len(args) :]
+            raise UserError(f"{path} has no argument {key!r}", nearest(key, others))
     try:
-        signature.bind(*args, **values)
+        inspect.signature(target).bind(*args, **values)
     except TypeError as error:
         raise UserError(f"{path}: {error}", "give it in the config node that names this _target_") from None
     return target(*args, **values)
+
+
+def arguments_of(target: Callable[..., Any]) -> dict[str, inspect.Parameter] | None:
+    """What a class or function takes by name; None where that may be anything.
+
+    A constructor with `**arguments` passes them on: what the one of its base class takes counts, too.
+    """
+    steps: list[Callable[..., Any]] = [target]
+    if inspect.isclass(target):
+        steps += [base for base in target.__mro__[1:-1] if "__init__" in vars(base)]
+    found: dict[str, inspect.Parameter] = {}
+    for step in steps:
+        parameters = inspect.signature(step).parameters
+        named = {key: value for key, value in parameters.items() if value.kind is not inspect.Parameter.VAR_KEYWORD}
+        found = found | {key: value for key, value in named.items() if key not in found}
+        if len(named) == len(parameters):
+            return found
+    return None
 
 
 def _instantiate_nested(value: Any, allowed: Sequence[str] | None) -> Any:

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from raysys.config import compose, fingerprint, instantiate, locate, run_job, validate
+from raysys.config import arguments_of, compose, fingerprint, instantiate, locate, run_job, validate
 from raysys.errors import UserError
 from raysys.train.settings import TrainerSettings, TrainSettings
 
@@ -123,6 +123,17 @@ class Shape:
         self.side, self.inner, self.color = side, inner, color
 
 
+class Disc(Shape):
+    def __init__(self, *, holes=0, **shape):
+        super().__init__(**shape)
+        self.holes = holes
+
+
+class Bag:
+    def __init__(self, **content):
+        self.content = content
+
+
 def make_shape(side):
     return Shape(side)
 
@@ -146,6 +157,15 @@ def test_targets_are_called_with_their_keys_nested_ones_first():
     shape = instantiate(node(side=1, inner=[node(side=2, color="blue")]), color="green")
     assert (shape.side, shape.color) == (1, "green")
     assert (shape.inner[0].side, shape.inner[0].color) == (2, "blue")
+
+
+def test_a_constructor_with_open_arguments_takes_those_of_its_base():
+    disc = instantiate(node("Disc", side=1, holes=2), color="green")
+    assert (disc.side, disc.holes, disc.color) == (1, 2, "green")
+    assert list(arguments_of(Disc)) == ["holes", "side", "inner", "color"]
+    assert instantiate(node("Bag", anything=1)).content == {"anything": 1}
+    with pytest.raises(UserError, match=r"Disc has no argument 'colour'\n  hint: did you mean 'color'"):
+        instantiate(node("Disc", side=1, colour="green"))
 
 
 @pytest.mark.parametrize(

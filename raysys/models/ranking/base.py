@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from raysys.data.batch import Batch
 from raysys.errors import UserError
@@ -16,12 +19,23 @@ from raysys.nn.random import seeded
 from raysys.schema import FeatureSchema
 
 
-class RankingModel(nn.Module):
+class SharedArguments(TypedDict, total=False):
+    """The arguments of `RankingModel` that mean the same to every model: a subclass passes them on as `**shared`."""
+
+    bottom: Sequence[int]
+    sequence_pooling: str
+    target_attention: bool
+    embedding_dropout: float
+    init_scale: float | None
+    device: str
+
+
+class RankingModel(nn.Module, ABC):
     """Tables, the token matrix of all features and one tower per task; a subclass says in `interact` what is between.
 
     embedding_dim: width D of a token. bottom: hidden widths of the MLP of the dense columns. tower: hidden widths of the MLP
-    of each task. The other arguments are those of `Embeddings` and `TokenStack`. A model is a function of its arguments:
-    two with the same seed are equal, on every device and under every sharding plan.
+    of each task, in which `dropout` acts. The other arguments are those of `Embeddings` and `TokenStack`. A model is a
+    function of its arguments: two with the same seed are equal, on every device and under every sharding plan.
     """
 
     towers: TaskTowers
@@ -30,15 +44,17 @@ class RankingModel(nn.Module):
         self,
         schema: FeatureSchema,
         *,
-        embedding_dim: int,
-        bottom: Sequence[int],
-        activation: str,
-        sequence_pooling: str,
-        target_attention: bool,
-        embedding_dropout: float,
-        init_scale: float | None,
-        seed: int,
-        device: str,
+        embedding_dim: int = 16,
+        bottom: Sequence[int] = (256, 128),
+        tower: Sequence[int] = (),
+        activation: str = "relu",
+        dropout: float = 0.0,
+        embedding_dropout: float = 0.0,
+        sequence_pooling: str = "both",
+        target_attention: bool = True,
+        init_scale: float | None = None,
+        seed: int = 0,
+        device: str = "cpu",
     ) -> None:
         super().__init__()
         if not schema.labels:
@@ -55,14 +71,21 @@ class RankingModel(nn.Module):
                 target_attention=target_attention,
                 dropout=embedding_dropout,
             )
+        self._seed = seed
+        self._towers = partial(TaskTowers, len(schema.labels), widths=tower, activation=activation, dropout=dropout)
+
+    def add_towers(self, width: int) -> None:
+        """Build what `predict` computes with, on a shared representation of H = width columns: the end of a constructor."""
+        with seeded(self._seed, "towers"):
+            self.towers = self._towers(inputs=width)
 
     def embed(self, batch: Batch) -> Embedded:
         """The embedding lookup, the only step that a trainer shards."""
         return self.embeddings(batch)
 
+    @abstractmethod
     def interact(self, embedded: Embedded) -> Tensor:
         """The shared representation [B, H]."""
-        raise NotImplementedError
 
     def predict(self, shared: Tensor) -> Output:
         """Logits [B, T] and the towers' last layers; `Output.embedded` is left to the caller."""

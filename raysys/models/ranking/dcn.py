@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torchrec.modules.crossnet import CrossNet, LowRankCrossNet
+from typing_extensions import Unpack
 
 from raysys.errors import UserError, nearest
-from raysys.models.heads import TaskTowers
 from raysys.models.outputs import Embedded
-from raysys.models.ranking.base import RankingModel
+from raysys.models.ranking.base import RankingModel, SharedArguments
 from raysys.nn.mlp import MLP
 from raysys.nn.random import seeded
 from raysys.schema import FeatureSchema
@@ -36,28 +36,20 @@ class DCNv2(RankingModel):
         rank: int | None = 64,
         structure: str = "stacked",
         deep: Sequence[int] = (256, 128, 64),
-        bottom: Sequence[int] = (256, 128),
         tower: Sequence[int] = (),
         activation: str = "relu",
         dropout: float = 0.0,
-        embedding_dropout: float = 0.0,
-        sequence_pooling: str = "both",
-        target_attention: bool = True,
-        init_scale: float | None = None,
         seed: int = 0,
-        device: str = "cpu",
+        **shared: Unpack[SharedArguments],
     ) -> None:
         super().__init__(
             schema,
             embedding_dim=embedding_dim,
-            bottom=bottom,
+            tower=tower,
             activation=activation,
-            sequence_pooling=sequence_pooling,
-            target_attention=target_attention,
-            embedding_dropout=embedding_dropout,
-            init_scale=init_scale,
+            dropout=dropout,
             seed=seed,
-            device=device,
+            **shared,
         )
         if structure not in STRUCTURES:
             raise UserError(f"unknown structure {structure!r}", nearest(structure, STRUCTURES))
@@ -68,9 +60,7 @@ class DCNv2(RankingModel):
         with seeded(seed, "interactions"):
             self.cross = CrossNet(width, cross_layers) if rank is None else LowRankCrossNet(width, cross_layers, rank)
             self.deep = MLP(width, deep, activation, dropout)
-        with seeded(seed, "towers"):
-            shared = self.deep.out_features + (width if self.parallel else 0)
-            self.towers = TaskTowers(len(schema.labels), shared, tower, activation, dropout)
+        self.add_towers(self.deep.out_features + (width if self.parallel else 0))
 
     def interact(self, embedded: Embedded) -> Tensor:
         """[B, H]: the deep part, and beside it the crosses in the parallel structure."""

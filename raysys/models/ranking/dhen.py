@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from raysys.errors import UserError, nearest
-from raysys.models.heads import TaskTowers
 from raysys.models.outputs import Embedded
-from raysys.models.ranking.base import RankingModel
+from raysys.models.ranking.base import RankingModel, SharedArguments
 from raysys.nn.interactions import (
     ConvInteraction,
     CrossInteraction,
@@ -118,28 +118,20 @@ class DHEN(RankingModel):
         conv_kernel: int = 3,
         dot_compress: int = 4,
         hidden: Sequence[int] = (256,),
-        bottom: Sequence[int] = (256, 128),
         tower: Sequence[int] = (512, 256, 128),
         activation: str = "silu",
         dropout: float = 0.0,
-        embedding_dropout: float = 0.0,
-        sequence_pooling: str = "both",
-        target_attention: bool = True,
-        init_scale: float | None = None,
         seed: int = 0,
-        device: str = "cpu",
+        **shared: Unpack[SharedArguments],
     ) -> None:
         super().__init__(
             schema,
             embedding_dim=embedding_dim,
-            bottom=bottom,
+            tower=tower,
             activation=activation,
-            sequence_pooling=sequence_pooling,
-            target_attention=target_attention,
-            embedding_dropout=embedding_dropout,
-            init_scale=init_scale,
+            dropout=dropout,
             seed=seed,
-            device=device,
+            **shared,
         )
         sizes = InteractionSizes(rank, heads, d_ff, conv_channels, conv_kernel, dot_compress, tuple(hidden), activation)
         num_tokens = len(self.tokens.names)
@@ -159,8 +151,7 @@ class DHEN(RankingModel):
                 )
                 self.layers.append(layer)
                 num_tokens = layer.tokens_out
-        with seeded(seed, "towers"):
-            self.towers = TaskTowers(len(schema.labels), num_tokens * embedding_dim, tower, activation, dropout)
+        self.add_towers(num_tokens * embedding_dim)
 
     def interact(self, embedded: Embedded) -> Tensor:
         """[B, H]: the tokens of the last layer side by side."""

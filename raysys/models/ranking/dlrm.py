@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from raysys.models.heads import TaskTowers
 from raysys.models.outputs import Embedded
-from raysys.models.ranking.base import RankingModel
+from raysys.models.ranking.base import RankingModel, SharedArguments
 from raysys.nn.interactions import PairwiseDots
-from raysys.nn.random import seeded
 from raysys.schema import FeatureSchema
 
 
@@ -26,33 +25,24 @@ class DLRM(RankingModel):
         schema: FeatureSchema,
         *,
         embedding_dim: int = 16,
-        bottom: Sequence[int] = (256, 128),
         tower: Sequence[int] = (256, 128, 64),
         activation: str = "relu",
         dropout: float = 0.0,
-        embedding_dropout: float = 0.0,
-        sequence_pooling: str = "both",
-        target_attention: bool = True,
-        init_scale: float | None = None,
         seed: int = 0,
-        device: str = "cpu",
+        **shared: Unpack[SharedArguments],
     ) -> None:
         super().__init__(
             schema,
             embedding_dim=embedding_dim,
-            bottom=bottom,
+            tower=tower,
             activation=activation,
-            sequence_pooling=sequence_pooling,
-            target_attention=target_attention,
-            embedding_dropout=embedding_dropout,
-            init_scale=init_scale,
+            dropout=dropout,
             seed=seed,
-            device=device,
+            **shared,
         )
         self.dots = PairwiseDots(len(self.tokens.names))
         width = self.dots.out_features + (embedding_dim if self.tokens.dense is not None else 0)
-        with seeded(seed, "towers"):
-            self.towers = TaskTowers(len(schema.labels), width, tower, activation, dropout)
+        self.add_towers(width)
 
     def interact(self, embedded: Embedded) -> Tensor:
         """[B, H]: the dense token and the dot products."""

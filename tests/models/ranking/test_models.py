@@ -10,7 +10,9 @@ import pytest
 import torch
 import yaml
 
+from raysys.config import arguments_of, instantiate
 from raysys.errors import UserError
+from raysys.models.ranking.base import RankingModel, SharedArguments
 from raysys.models.ranking.dcn import DCNv2
 from raysys.models.ranking.dhen import DHEN
 from raysys.models.ranking.dlrm import DLRM
@@ -130,6 +132,29 @@ def test_configs_name_every_key_with_its_default(name):
     config = yaml.safe_load((ROOT / f"configs/model/{name}.yaml").read_text())
     model = {"dlrm": DLRM, "dcnv2": DCNv2, "dhen": DHEN}[name]
     assert config.pop("_target_") == f"{model.__module__}.{model.__name__}"
-    keys = inspect.signature(model).parameters
+    keys = arguments_of(model)
     defaults = {key: value.default for key, value in keys.items() if key not in ("schema", "seed", "device")}
     assert config == {key: list(value) if isinstance(value, tuple) else value for key, value in defaults.items()}
+
+
+def test_every_argument_is_passed_on_or_named_by_each_model():
+    for model in (DLRM, DCNv2, DHEN):
+        named = inspect.signature(model).parameters.keys() - {"shared"}
+        assert arguments_of(RankingModel).keys() - named == SharedArguments.__annotations__.keys()
+
+
+def test_an_unknown_key_names_the_nearest_one_of_the_model_and_its_base(plain_schema):
+    node = {"_target_": "raysys.models.ranking.dcn.DCNv2"}
+    with pytest.raises(UserError, match=r"DCNv2 has no argument 'bottum'\n  hint: did you mean 'bottom'"):
+        instantiate({**node, "bottum": [8]}, schema=plain_schema)
+    with pytest.raises(UserError, match=r"DCNv2 has no argument 'cross_layer'\n  hint: did you mean 'cross_layers'"):
+        instantiate({**node, "cross_layer": 2}, schema=plain_schema)
+    assert instantiate({**node, "init_scale": 0.5}, schema=plain_schema).embeddings.bound("a") == 0.5
+
+
+def test_a_model_without_interactions_cannot_be_made(plain_schema):
+    class Nothing(RankingModel):
+        pass
+
+    with pytest.raises(TypeError, match="interact"):
+        Nothing(plain_schema)
