@@ -11,6 +11,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchrec import KeyedJaggedTensor
 from torchrec.datasets.utils import Batch
 from torchrec.models.dlrm import DLRM, DLRM_DCN
+from typing_extensions import TypedDict, Unpack
+
+
+class LoopOptions(TypedDict):
+    """Turns of `steps` steps on this process's batches of `batch_size` rows of the log; pipeline: base or sparse_dist."""
+
+    log: str
+    batch_size: int
+    steps: int
+    pipeline: str
 
 
 class Published(nn.Module):
@@ -46,18 +56,17 @@ def flops_per_row(model: nn.Module) -> int:
     return counter.get_total_flops() // 2
 
 
-def bare(model: str, **options: str | int) -> Iterator[float]:
-    """The rates of the bare loop; for the options see `_run`."""
-    return _run(bench_bare.Model(model), **options)  # type: ignore[arg-type]
+def bare(model: str, **options: Unpack[LoopOptions]) -> Iterator[float]:
+    """The rates of the bare loop."""
+    return _run(bench_bare.Model(model), options)
 
 
-def published(model: str, **options: str | int) -> Iterator[float]:
-    """The rates of the loop over TorchRec's classes; for the options see `_run`."""
-    return _run(Published(model), **options)  # type: ignore[arg-type]
+def published(model: str, **options: Unpack[LoopOptions]) -> Iterator[float]:
+    """The rates of the loop over TorchRec's classes."""
+    return _run(Published(model), options)
 
 
-def _run(model: nn.Module, log: str, batch_size: int, steps: int, pipeline: str) -> Iterator[float]:
-    """Turns of `steps` steps on this process's batches of `batch_size` rows of the log."""
+def _run(model: nn.Module, options: LoopOptions) -> Iterator[float]:
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    batches = bench_bare.read_batches(log, batch_size, rank, world_size)
-    return bench_bare.run(model, batches, torch.device("cpu"), steps, pipeline)
+    batches = bench_bare.read_batches(options["log"], options["batch_size"], rank, world_size)
+    return bench_bare.run(model, batches, torch.device("cpu"), options["steps"], options["pipeline"])

@@ -158,12 +158,12 @@ class Checks:
             model, _ = self.train(Setup())
             tensors = {"dense": dense_tensors(model), "tables": table_weights(model)}
             size = save_checkpoint(folder, tensors, {}, lambda _: None)
-            saved = {name: gather_table(value) for name, value in table_weights(model).items()}
+            saved = tables_of(model)
         with process_group(CPU):
             model, _ = self.build(Setup(device=CPU))
             load_tensors(folder, {"dense": dense_tensors(model), "tables": table_weights(model)})
-            loaded = {name: gather_table(value) for name, value in table_weights(model).items()}
-        differences = [(saved[name] - loaded[name]).abs().max() for name in saved]  # type: ignore[operator]
+            loaded = tables_of(model)
+        differences = [(saved[name] - loaded[name]).abs().max() for name in saved]
         return {"difference": float(torch.stack(differences).max()), "bytes": size}
 
     def speed(self, model: str, pipeline: str, precision: Precision) -> dict[str, Any]:
@@ -210,6 +210,16 @@ def make_pipeline(
     if kind == "sparse_dist":
         return TrainPipelineSparseDist(model, Stepper(), device, pipeline_postproc=True)
     return TrainPipelineBase(model, Stepper(), device)
+
+
+def tables_of(model: Any) -> dict[str, torch.Tensor]:
+    """The whole tables of a model on one rank, on the CPU."""
+    tables = {}
+    for name, value in table_weights(model).items():
+        table = gather_table(value)
+        assert table is not None  # this is rank 0
+        tables[name] = table
+    return tables
 
 
 @contextmanager
@@ -268,10 +278,10 @@ def main() -> int:
 def trains(checks: Checks, setup: Setup) -> dict[str, Any]:
     """The loss falls and every table moves."""
     with process_group(setup.device):
-        before = {name: gather_table(value) for name, value in table_weights(checks.build(setup)[0]).items()}
+        before = tables_of(checks.build(setup)[0])
         model, losses = checks.train(setup)
-        after = {name: gather_table(value) for name, value in table_weights(model).items()}
-    still = [name for name in before if torch.equal(before[name], after[name])]  # type: ignore[arg-type]
+        after = tables_of(model)
+    still = [name for name in before if torch.equal(before[name], after[name])]
     if still or not losses[-1] < losses[0]:
         raise AssertionError(f"tables that did not move: {still}; losses {losses[0]:.4f} to {losses[-1]:.4f}")
     return {"first_loss": float(losses[0]), "last_loss": float(losses[-1])}
