@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rich.console import Console
 
 from raysys.config import Config, instantiate, run_job
+from raysys.data.filesystem import exists
 from raysys.data.prepare.dataset import is_prepared
 from raysys.errors import UserError
 from raysys.report.events import EventWriter
@@ -25,7 +24,7 @@ def main(config: Config) -> None:
     """Prepare the data where it is missing, train, export the bundle and write the report."""
     console = Console()
     data = config["data"]
-    if data.get("prepare") and (is_prepared(data["folder"]) or not Path(data["folder"]).exists()):
+    if data.get("prepare") and (is_prepared(data["folder"]) or not exists(data["folder"])):
         if config["dry_run"] and not is_prepared(data["folder"]):
             raise UserError(f"{data['folder']}: no data yet, and a dry run writes none", "run jobs/prepare.py first")
         instantiate(data["prepare"])  # what is there must be what the config asks for

@@ -24,3 +24,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     choices = sorted(known)
     close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(choices)}"
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, for a message of one line."""
+    return str(error).strip().splitlines()[0].rstrip(".")

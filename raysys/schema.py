@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -27,6 +28,10 @@ ExtraKind = Literal["float", "int", "vector", "ids"]
 
 MAX_NUM_EMBEDDINGS = 2**32
 """The most rows a table may have: the hash is spread over them with 32-bit arithmetic."""
+
+
+def _read_local(path: str) -> str:
+    return Path(path).read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -238,10 +243,10 @@ class FeatureSchema:
         return cls(**values, source=source)
 
     @classmethod
-    def load(cls, path: str | Path) -> FeatureSchema:
-        """Read a YAML file."""
+    def load(cls, path: str | Path, read: Callable[[str], str] = _read_local) -> FeatureSchema:
+        """Read a YAML file; `read` gives the text of one at a URI."""
         try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            content = yaml.safe_load(read(str(path)))
         except FileNotFoundError:
             raise UserError(
                 f"{path}: no such schema", hint="make a first one with: raysys schema LOG.parquet"

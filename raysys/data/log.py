@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import fsspec
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from raysys.data.columns import Source, agree, type_word
+from raysys.data.filesystem import resolve
 from raysys.data.roles import check_column, roles
-from raysys.errors import UserError
+from raysys.errors import UserError, first_line
 from raysys.schema import FeatureSchema
 
 _DAMAGED = "the file was cut short or changed while written or copied: write it again"
@@ -43,7 +43,7 @@ class ParquetLog:
         self.path = str(path)
         self.schema = schema
         self.labels = labels
-        self._filesystem, root = _resolve(self.path)
+        self._filesystem, root = resolve(self.path)
         self.files = self._open(root)
         self.num_rows = sum(file.metadata.num_rows for file in self.files)
         self.types = self._check_types()
@@ -151,7 +151,7 @@ class ParquetLog:
                 parquet = pq.ParquetFile(handle)
                 return parquet.metadata, parquet.schema_arrow
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{name}: not a whole Parquet file ({_first_line(error)})", _DAMAGED) from error
+            raise UserError(f"{name}: not a whole Parquet file ({first_line(error)})", _DAMAGED) from error
 
     def _check_types(self) -> dict[str, pa.DataType]:
         """The type of each column of the schema; files must agree on whether ids are numbers or strings, alone or lists."""
@@ -190,7 +190,7 @@ class ParquetLog:
 
 def split_path(folder: str, split: str) -> str:
     """The Parquet file `<folder>/<split>.parquet`, or the folder `<folder>/<split>` of Parquet files."""
-    filesystem, root = _resolve(folder)
+    filesystem, root = resolve(folder)
     base, address = f"{root.rstrip('/')}/{split}", f"{folder.rstrip('/')}/{split}"
     file, directory = filesystem.get_file_info([f"{base}.parquet", base])
     if file.type == pafs.FileType.File:
@@ -205,19 +205,6 @@ def _is_data(path: str) -> bool:
     return path.endswith(".parquet") and not any(part.startswith(("_", ".")) for part in path.split("/"))
 
 
-def _resolve(path: str) -> tuple[pafs.FileSystem, str]:
-    if "://" not in path:
-        return pafs.LocalFileSystem(), str(Path(path).expanduser().absolute())
-    try:
-        return pafs.FileSystem.from_uri(path)
-    except pa.ArrowInvalid:  # not one of Arrow's own
-        try:
-            filesystem, root = fsspec.core.url_to_fs(path)
-        except (ValueError, ImportError) as error:
-            raise UserError(f"{path}: cannot be opened: {_first_line(error)}") from error
-        return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), root
-
-
 def _read_group(
     parquet: pq.ParquetFile, name: str, group: int, columns: list[str], batch_size: int
 ) -> Iterator[pa.RecordBatch]:
@@ -225,8 +212,4 @@ def _read_group(
     try:
         yield from parquet.iter_batches(batch_size, row_groups=[group], columns=columns, use_threads=threads)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{name}, row group {group}: cannot be read ({_first_line(error)})", _DAMAGED) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(f"{name}, row group {group}: cannot be read ({first_line(error)})", _DAMAGED) from error

@@ -11,14 +11,15 @@ import pyarrow.csv as pacsv
 import pyarrow.dataset as pads
 import pyarrow.fs as pafs
 
-from raysys.errors import UserError
+from raysys.data.filesystem import resolve
+from raysys.errors import UserError, first_line
 
 SUFFIXES = {".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".csv.gz": "csv", ".tsv": "tsv", ".tsv.gz": "tsv"}
 _ENDS = 65_536
 
 
 def open_source(path: str | Path) -> pads.Dataset:
-    """A file, or a folder of files of one kind, at a path or at any URI that pyarrow knows.
+    """A file, or a folder of files of one kind, at a path or at any URI that pyarrow or fsspec knows.
 
     CSV and TSV have a header; the types of their columns are those of the first block of each file. What stands there
     without quotes as nothing, NA, null or nan is null.
@@ -43,7 +44,7 @@ def open_source(path: str | Path) -> pads.Dataset:
     try:
         return pads.dataset(files, format=layout, filesystem=filesystem)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read as {kind}: {_first_line(error)}") from None
+        raise UserError(f"{path}: cannot be read as {kind}: {first_line(error)}") from None
 
 
 def read_batches(
@@ -60,7 +61,7 @@ def read_batches(
         yield from scanner.to_batches()
     except (pa.ArrowException, OSError) as error:
         hint = "all rows of a column must have the type of its first ones" if "CSV" in str(error) else None
-        raise UserError(f"{name}: cannot be read: {_first_line(error)}", hint) from None
+        raise UserError(f"{name}: cannot be read: {first_line(error)}", hint) from None
 
 
 def fingerprint(path: str | Path) -> str:
@@ -81,7 +82,7 @@ def fingerprint(path: str | Path) -> str:
 
 def _list(path: str) -> tuple[pafs.FileSystem, str, list[pafs.FileInfo]]:
     """The file system, the path within it, and the file or the files below the folder, in the order of their paths."""
-    filesystem, root = _resolve(path)
+    filesystem, root = resolve(path)
     info = filesystem.get_file_info(root)
     if info.type == pafs.FileType.NotFound:
         raise UserError(f"{path}: no such file or folder")
@@ -99,14 +100,3 @@ def _is_hidden(path: str) -> bool:
 
 def _kind(path: str) -> str:
     return next((kind for suffix, kind in SUFFIXES.items() if path.lower().endswith(suffix)), "")
-
-
-def _resolve(path: str) -> tuple[pafs.FileSystem, str]:
-    try:
-        return pafs.FileSystem.from_uri(path) if "://" in path else (pafs.LocalFileSystem(), path.rstrip("/") or "/")
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be opened: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raysys.config import Config
+from raysys.data.filesystem import read_text
 from raysys.data.log import ParquetLog, split_path
+from raysys.data.prepare.dataset import read_prepared
 from raysys.data.transforms import Transforms
 from raysys.errors import UserError
 from raysys.models.flops import flops_per_row
@@ -53,7 +54,7 @@ def prepare(config: Config) -> Prepared:
     """Check data, config, model and plan on the driver; nothing is written yet. Raises UserError."""
     folder, resume = _run_folder(config)
     data = absolute(config["data"]["folder"])
-    schema = FeatureSchema.load(Path(data) / "schema.yaml")
+    schema = FeatureSchema.load(f"{data.rstrip('/')}/schema.yaml", read_text)
     log = ParquetLog(split_path(data, "train"), schema)
     job = Job(config, schema, _transforms(log, config["seed"], folder, resume), folder, data, resume)
     settings, trainer = job.train, job.trainer
@@ -219,5 +220,4 @@ def _task_intervals(table: pa.Table, task: str) -> dict[str, tuple[float, float]
 
 def _bayes(job: Job) -> dict[str, Any]:
     """The metrics of the true probabilities by split and task, where the data set is synthetic."""
-    path = Path(job.config["data"]["folder"]) / "prepared.json"
-    return json.loads(path.read_text()).get("bayes", {}) if path.exists() else {}
+    return (read_prepared(job.data) or {}).get("bayes", {})

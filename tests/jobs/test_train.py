@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -85,6 +86,33 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(job, tiny, tiny_data, tmp_p
     status, _, err = job("train", "--dry-run", "data=synthetic", "model=dlrm", f"data.folder={tmp_path}/new")
     assert (status, err.splitlines()[0]) == (2, f"error: {tmp_path}/new: no data yet, and a dry run writes none")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("protocol", ["file", "memory"])
+def test_the_data_may_be_at_a_uri(job, tiny, tiny_data, tmp_path, protocol):
+    """`memory` stands for what only fsspec opens."""
+    data = f"{protocol}://{tmp_path}/clicks"
+    filesystem, root = fsspec.core.url_to_fs(data)
+    filesystem.put(f"{tiny_data}/", root, recursive=True)
+    facts = {"arguments": {}, "bayes": {"test": {"click": {"auc": 0.9}}}}
+    filesystem.pipe_file(f"{root}/prepared.json", json.dumps(facts).encode())
+    status, _, err = job("train", *tiny, f"data.folder={data}", "run_id=a", "train.calibration=platt")
+    assert status == 0, err
+    record = read_record(tmp_path / "runs" / "a")
+    assert record["metrics"].keys() == {"valid", "test"}
+    assert record["bayes"] == facts["bayes"]
+
+
+@pytest.mark.parametrize("name", ["synthetic", "table"])
+def test_no_data_set_is_written_at_a_uri(job, tmp_path, name):
+    data = f"memory://{tmp_path}/new"
+    status, _, err = job("train", f"data={name}", "model=dlrm", f"runs_folder={tmp_path}/runs", f"data.folder={data}")
+    assert (status, err) == (
+        2,
+        f"error: {data}: no prepared data set is there, and preparation writes local folders only\n"
+        "  hint: prepare a local folder and copy it there\n",
+    )
+    assert not (tmp_path / "runs").exists()
 
 
 MISTAKES = {

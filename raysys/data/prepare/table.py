@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from raysys.data.columns import integers, numbers, seconds, whole
 from raysys.data.hashing import mix
 from raysys.data.infer import infer_schema
-from raysys.data.prepare.dataset import SPLITS, is_prepared, prepare_folder
+from raysys.data.prepare.dataset import SPLITS, check_local, is_prepared, prepare_folder
 from raysys.data.prepare.splits import TRAIN, check_split, share_split, time_cuts, time_split
 from raysys.data.source import fingerprint, open_source, read_batches
 from raysys.errors import UserError, nearest
@@ -49,6 +49,7 @@ def prepare(
     if source is None and is_prepared(folder):
         return  # later commands need not repeat where it came from
     if source is None:
+        check_local(folder)
         raise UserError(
             "table: source is not given", "name a Parquet or CSV file or folder: data.prepare.source=LOG.parquet"
         )
