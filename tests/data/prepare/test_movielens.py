@@ -189,7 +189,8 @@ def test_an_interrupted_preparation_leaves_nothing_and_harms_nothing(tmp_path, s
         ({"sequences": ["likes"]}, "movielens: sequences has 'likes'\n  hint: did you mean 'liked'?"),
         (
             {"source": "SOURCE"},
-            "ml-100k.inter: no such file\n  hint: a folder with ml-100k.inter, .item and .user is expected",
+            "ml-100k.inter: no such file\n  hint: a folder with ml-100k.inter, ml-100k.item and "
+            "ml-100k.user is expected, as in recbole==1.2.1; without source= it is fetched",
         ),
     ],
 )
