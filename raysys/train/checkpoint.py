@@ -4,6 +4,7 @@ step_00000120/
   .metadata, __0_0.distcp, ...   tensors, written by every rank (the pickle `.metadata` is why checkpoints must come
                                  from storage that you trust)
   state.json                     step, reader position, early stopping, config, schema, versions
+  window.safetensors             losses and metrics since the last step event
   transforms/                    vocabularies and normalisers
   manifest.json                  sha256 of every file above, written last: without it the folder does not exist
 """
@@ -27,7 +28,7 @@ from raysys.errors import UserError
 from raysys.hashed_folder import MANIFEST, files_of, find_damage, hash_files, read_json, read_manifest, write_manifest
 from raysys.nn.collectives import is_distributed, rank, world_size
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)

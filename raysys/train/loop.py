@@ -56,7 +56,7 @@ class TrainLoop:
         self._pipeline: TrainPipelineBase | TrainPipelineSparseDist | None = None
         self._has_valid = job.has_split("valid")
         self._saved: int | None = None  # the step of the newest checkpoint
-        self._window = Window(job.schema, self.timer)
+        self.window = Window(job.schema, self.timer)
 
     def run(self) -> str:
         """Train, save the last checkpoint and return how it ended: finished, early_stopped or interrupted."""
@@ -76,12 +76,12 @@ class TrainLoop:
             outputs = self._pipeline.progress(stream)
             batch, self.position = stream.trained()
             self.step += 1
-            self._window.update(outputs)
+            self.window.update(outputs)
             self._check(self._guard.submit(self.step, outputs["losses"], self._stop_wanted(), batch))
-            if self._stopping or self.step % self.settings.log_every == 0 or self.step == self.total_steps:
+            if self.step % self.settings.log_every == 0 or self.step == self.total_steps:
                 self._log()
             if self._stopping:
-                return "interrupted"
+                return "interrupted"  # the steps since the last event go on in the checkpoint
             if self._evaluation_due() and self._evaluate():
                 return "early_stopped"
             if self._due(self.settings.checkpoint.every_steps):
@@ -98,7 +98,7 @@ class TrainLoop:
             self.load(self.job.resume, verify_checkpoint(self.job.resume))
         if self.step:
             self.emit({"event": "resumed", "step": self.step, "path": str(own[0] if own else self.job.resume)})
-        self._window.start(self._rows())
+        self.window.start(self._rows())
 
     def load(self, path: Path, state: dict[str, Any]) -> None:
         """Become what a verified checkpoint holds, whose `state.json` is `state`."""
@@ -180,13 +180,13 @@ class TrainLoop:
                 "step": self.step,
                 "epoch": self.position.epoch,
                 "learning_rates": self.optimizers.learning_rates(),
-                **self._window.take(self._rows(), self.total_steps - self.step),
+                **self.window.take(self._rows(), self.total_steps - self.step),
             }
         )
 
     def summary(self) -> dict[str, Any]:
         """Medians over the step events: rows per second, and the seconds of a step by phase."""
-        return self._window.summary()
+        return self.window.summary()
 
     def _rows(self) -> int:
         """The rows of the log that are trained, over all epochs."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raysys.nn.calibration import Calibrator, correct_sampling, sigmoid
-from raysys.nn.collectives import communication_device, gather_rows, global_sum, on_first_rank
+from raysys.nn.collectives import communication_device, gather_rows, global_sum, on_first_rank, rank, world_size
 from raysys.schema import FeatureSchema
 from raysys.train.calibration import Method, fit_calibrator
 from raysys.train.ranking_metrics import EPSILON, auc, binary_metrics, calibration_bins, entropy, regression_metrics
@@ -161,7 +161,7 @@ class Evaluator:
 
 
 class WindowMetrics:
-    """Training metrics of the rows since the last `compute`; AUC is over the most recent rows (`auc_rows` per rank).
+    """Training metrics of the rows since the last `compute`; AUC is over the `auc_rows` most recent rows of each rank.
 
     A step costs no kernel and no synchronisation: tensors are kept where they are and summed up, on their device, once some
     hundred thousand rows have come together. Rows of weight 0 (padding, masked labels) do not count.
@@ -190,12 +190,43 @@ class WindowMetrics:
     def compute(self) -> TaskMetrics:
         """{task: {ne, auc, log_loss, calibration, base_rate, rows}} or {rmse, rows}, the same on every rank (collective)."""
         self._fold()
-        sums = global_sum(self._sums.to(communication_device())).cpu()
-        columns = 3 * len(self._labels)
-        recent = torch.cat([torch.cat(step, 1).float() for step in self._recent] or [torch.empty(0, columns)])
-        rows = gather_rows(recent)
+        sums, rows = self._global_sums(), gather_rows(self._recent_values())
         self._sums = self._no_sums()
         return on_first_rank(lambda: self._report(sums, rows))
+
+    def state(self) -> dict[str, Tensor]:
+        """`sums` [5, T] of all ranks and `recent` [n, 3T], the rows for AUC in the order of their steps (collective).
+
+        Whole on rank 0, on the CPU. Asks for what the reader sees to: the ranks' batches of a step have one size.
+        """
+        self._fold()
+        sums, rows = self._global_sums(), gather_rows(self._recent_values())
+        if rows is None:
+            return {"sums": sums}
+        by_step = rows.unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(0, 1)  # [n, 3T]
+        return {"sums": sums, "recent": by_step.contiguous()}
+
+    def load(self, state: dict[str, Tensor], device: torch.device) -> None:
+        """Go on from a state; device: of the logits that will come.
+
+        Exact on the same number of ranks, and on another one until the state's rows exceed `auc_rows` per rank: the window
+        of AUC is as long as the ranks' windows together, and fills up again.
+        """
+        self._pending, self._pending_rows = [], 0
+        self._sums = state["sums"] if rank() == 0 else self._no_sums()
+        own = state["recent"][rank() :: world_size()][-self._auc_rows :].to(device)
+        logits, labels, weight = own.split(len(self._labels), 1)
+        self._recent = deque([(logits, labels, weight)])
+        self._recent_rows = len(own)
+
+    def _global_sums(self) -> Tensor:
+        return global_sum(self._sums.to(communication_device())).cpu()
+
+    def _recent_values(self) -> Tensor:
+        """Logits, labels and weights of this rank's rows for AUC, [n, 3T]."""
+        columns = 3 * len(self._labels)
+        rows = torch.cat([torch.cat(step, 1).float() for step in self._recent] or [torch.empty(0, columns)])
+        return rows[-self._auc_rows :]
 
     def _no_sums(self) -> Tensor:
         return torch.zeros(5, len(self._labels), dtype=torch.float64)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -21,6 +22,8 @@ from raysys.train.tables import find_tables, forget_cached_rows, local_parts, ta
 if TYPE_CHECKING:
     from raysys.train.loop import TrainLoop
 
+WINDOW = "window.safetensors"
+
 
 def save_state(folder: Path, loop: TrainLoop) -> int:
     """Write the loop's state as a checkpoint and return its bytes (collective).
@@ -29,6 +32,7 @@ def save_state(folder: Path, loop: TrainLoop) -> int:
     """
     tensors = _tensors(loop)
     _check_finite(tensors, loop.step)
+    window = loop.window.state()
     state = {
         "step": loop.step,
         "position": loop.position.to_dict(),
@@ -43,6 +47,7 @@ def save_state(folder: Path, loop: TrainLoop) -> int:
 
     def write_files(path: Path) -> None:
         loop.job.transforms.save(path / "transforms")
+        save_file(window, path / WINDOW)
 
     return save_checkpoint(folder, tensors, state, write_files)
 
@@ -55,6 +60,7 @@ def load_state(folder: Path, state: dict[str, Any], loop: TrainLoop) -> None:
     _check_schema(folder, state, loop.job.schema.fingerprint())
     _load(folder, state, loop.model, _tensors(loop))
     loop.optimizers.set_step(state["step"])
+    loop.window.load(load_file(folder / WINDOW), loop.device)
 
 
 def load_weights(folder: Path, module: nn.Module) -> None:

@@ -14,6 +14,8 @@ from raysys.schema import FeatureSchema
 from raysys.train.metrics import WindowMetrics
 from raysys.train.timing import StepTimer
 
+_LOSS = "loss."
+
 
 class Window:
     """Collects without waiting for the device; `take` is collective and is what costs."""
@@ -22,6 +24,7 @@ class Window:
         self._metrics = WindowMetrics(schema)
         self._timer = timer
         self._losses: list[dict[str, Tensor]] = []
+        self._steps_before, self._sums_before = 0, dict[str, float]()  # of the checkpoint that the window goes on from
         self._rows = 0
         self._speeds: list[float] = []
         self._breakdowns: list[dict[str, float]] = []
@@ -39,13 +42,12 @@ class Window:
     def take(self, rows: int, steps_left: int) -> dict[str, Any]:
         """The fields of a step event, when `rows` rows of the run are trained (collective), and start afresh."""
         steps = len(self._losses)
-        means = {name: torch.stack([loss[name] for loss in self._losses]).mean() for name in self._losses[0]}
-        losses = {name: float(global_sum(mean)) / world_size() for name, mean in means.items()}
+        losses = {name: total / (self._steps_before + steps) for name, total in self._loss_sums().items()}
         breakdown = {name: seconds / steps for name, seconds in self._timer.take().items()}
         seconds_per_step = sum(breakdown.values())
         self._speeds.append((rows - self._rows) / steps / seconds_per_step)
         self._breakdowns.append(breakdown)
-        self._losses, self._rows = [], rows
+        self._losses, self._rows, self._steps_before, self._sums_before = [], rows, 0, {}
         return {
             "rows": rows,
             "rows_per_second": self._speeds[-1],
@@ -55,6 +57,37 @@ class Window:
             "breakdown": breakdown,
             "eta_seconds": steps_left * seconds_per_step,
         }
+
+    def state(self) -> dict[str, Tensor]:
+        """Losses and metrics since the last event over all ranks, on the CPU; whole on rank 0 only (collective).
+
+        Speeds are left out: those of a resumed run begin anew.
+        """
+        steps = torch.tensor(self._steps_before + len(self._losses))
+        losses = {
+            f"{_LOSS}{name}": torch.tensor(total, dtype=torch.float64) for name, total in self._loss_sums().items()
+        }
+        return {"steps": steps, **losses, **self._metrics.state()}
+
+    def load(self, state: dict[str, Tensor], device: torch.device) -> None:
+        """Go on from a state, on any number of ranks; device: of the outputs that will come."""
+        self._losses, self._steps_before = [], int(state["steps"])
+        self._sums_before = {
+            name.removeprefix(_LOSS): float(total) for name, total in state.items() if name.startswith(_LOSS)
+        }
+        self._metrics.load(state, device)
+
+    def _loss_sums(self) -> dict[str, float]:
+        """The mean over the ranks of each loss, summed over the steps (collective).
+
+        In float64, where a sum of float32 is exact but for rare cases: it does not matter where a resume has cut it.
+        """
+        if not self._losses:
+            return dict(self._sums_before)
+        names = list(self._losses[0])
+        local = torch.stack([torch.stack([loss[name] for loss in self._losses]).double().sum() for name in names])
+        totals = (global_sum(local) / world_size()).tolist()
+        return {name: self._sums_before.get(name, 0.0) + total for name, total in zip(names, totals, strict=True)}
 
     def summary(self) -> dict[str, Any]:
         """Medians over the step events: rows per second and seconds of a step by phase."""

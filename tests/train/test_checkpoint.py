@@ -175,11 +175,17 @@ def checkpoints(train_tiny):
 def test_a_checkpoint_holds_what_a_run_needs_to_go_on(checkpoints, tiny_data):
     path = checkpoint_path(checkpoints, 4)
     assert list_checkpoints(checkpoints) == [checkpoint_path(checkpoints, step) for step in (2, 4, 5)]
-    names = set(read_manifest(path, 1))
+    names = set(read_manifest(path, 2))
     assert names == {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {MANIFEST}
-    assert names >= {".metadata", "state.json", "transforms/transforms.json", "transforms/vocabulary/user.parquet"}
+    assert names >= {
+        ".metadata",
+        "state.json",
+        "window.safetensors",
+        "transforms/transforms.json",
+        "transforms/vocabulary/user.parquet",
+    }
     state = verify_checkpoint(path)
-    assert state["format_version"] == 1
+    assert state["format_version"] == 2
     assert (state["step"], state["seed"], state["config"]["train"]["max_steps"]) == (4, 0, 5)
     assert (state["position"]["epoch"], state["position"]["step"], sum(state["position"]["cursors"])) == (0, 4, 600)
     assert state["tokens"][:4] == ["user", "item", "tags", "brand"]
@@ -229,8 +235,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(checkpoints, 
 
 
 def test_a_run_goes_on_from_the_one_before_a_damaged_one_and_writes_it_anew(train_tiny, tensors_of):
-    options = ["run_id=a", "train.checkpoint.every_steps=3", "train.checkpoint.keep=1", "train.max_steps=5"]
-    folder, _, _ = train_tiny(*options, "train.checkpoint.keep=2")
+    options = ["run_id=a", "train.checkpoint.every_steps=3", "train.max_steps=5"]
+    folder, _, _ = train_tiny(*options)
     path = checkpoint_path(folder / "checkpoints", 5)
     expected = tensors_of(path)
     change_a_byte(path)
@@ -238,7 +244,7 @@ def test_a_run_goes_on_from_the_one_before_a_damaged_one_and_writes_it_anew(trai
     kinds = {event["event"]: event for event in events}
     assert "does not match its hash: taking an older checkpoint" in kinds["warning"]["message"]
     assert kinds["resumed"]["step"] == 3
-    assert list_checkpoints(folder / "checkpoints") == [path]
+    assert list_checkpoints(folder / "checkpoints") == [checkpoint_path(folder / "checkpoints", 3), path]
     verify_checkpoint(path)
     assert tensors_of(path) == expected
 

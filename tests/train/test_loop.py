@@ -34,7 +34,7 @@ def run_loop(prepared, folder, stop_at=None):
 
 
 def history(events):
-    """What a run reports, without times and speeds: {step: (loss, learning rates, metrics)} and {step: evaluation}."""
+    """What a run reports, without times and speeds: {step: (loss, parts, ...)} and {step: evaluation}."""
     steps = {e["step"]: (e["loss"], e["parts"], e["rows"], e["learning_rates"]) for e in events if e["event"] == "step"}
     evaluations = {e["step"]: e["tasks"] for e in events if e["event"] == "evaluation"}
     return steps, evaluations
@@ -94,6 +94,58 @@ def test_whole_groups_train_and_go_on_with_every_row_counted(tiny_config, tiny_d
     assert all(100 < size < 250 for size in sizes)
     paths = [checkpoint_path(tmp_path / folder / "checkpoints", 18) for folder in ("whole", "stopped")]
     assert tensors_of(paths[0]) == tensors_of(paths[1])
+
+
+WINDOWED = ["train.epochs=2", "train.log_every=6", "train.checkpoint={every_steps: 4, keep: 99}", "data.shards=4"]
+
+
+def windows(events):
+    """{step: what its event says of the steps since the one before}, flat: {"click.ne": value}."""
+    found = {}
+    for event in (event for event in events if event["event"] == "step"):
+        metrics = {f"{task}.{name}": value for task, of in event["metrics"].items() for name, value in of.items()}
+        found[event["step"]] = {"loss": event["loss"], "rows": event["rows"], **event["parts"], **metrics}
+    return found
+
+
+def equal(found, expected, tolerance):
+    assert found.keys() == expected.keys()
+    for step, values in expected.items():
+        assert found[step] == pytest.approx(values, rel=tolerance, abs=tolerance, nan_ok=True), step
+
+
+@pytest.mark.parametrize("stops", [(2,), (7, 8), (5, 14)], ids=str)
+def test_step_events_of_a_stopped_run_are_those_of_an_undisturbed_one(tiny_config, tmp_path, stops):
+    prepared = prepare(tiny_config(*WINDOWED))
+    expected = windows(run_loop(prepared, tmp_path / "a")[2])
+    assert list(expected) == [6, 12, 18, 20]
+    found = {}
+    for stop_at in (*stops, None):
+        found |= windows(run_loop(prepared, tmp_path / "b", stop_at)[2])
+    equal(found, expected, 1e-12)
+
+
+def windows_of_rank(prepared, folder, package):
+    import sys
+
+    sys.path.insert(0, str(package))
+    return windows(run_loop(prepared, folder)[2])
+
+
+def test_step_events_go_on_with_another_number_of_workers(gloo, tiny_config, tiny_package, tmp_path):
+    """Dropout would differ between them; the rest of the loss agrees within the rounding of its sums."""
+    alone, together = (
+        prepare(tiny_config(*WINDOWED, "model.dropout=0", trainer)) for trainer in ("trainer=local", "trainer=ray")
+    )
+    expected = windows(run_loop(alone, tmp_path / "a")[2])
+    run_loop(alone, tmp_path / "b", stop_at=7)
+    found = gloo.run(2, windows_of_rank, together, tmp_path / "b", tiny_package)[0]
+    assert list(found) == [12, 18, 20]
+    equal(found, {step: expected[step] for step in found}, 1e-4)
+    for path in (tmp_path / "b" / "checkpoints").iterdir():
+        if path.name > "step_00000016":  # back from two ranks, in the middle of an interval
+            shutil.rmtree(path)
+    equal(windows(run_loop(alone, tmp_path / "b")[2]), {step: expected[step] for step in (18, 20)}, 1e-4)
 
 
 def test_losses_change_and_dropout_is_drawn_anew_each_step(undisturbed):

@@ -280,12 +280,25 @@ def test_a_window_agrees_with_an_evaluation_of_its_rows(monkeypatch, fold_rows):
 
 def test_a_window_keeps_only_recent_rows_for_auc():
     rows = make_rows()
-    recent = {
-        name: column[4 * BATCH :] for name, column in rows.items()
-    }  # the last two batches: 188 rows, 10 of padding
+    recent = {name: column[-180:] for name, column in rows.items()}  # and 10 rows of padding
     window = windowed(rows, auc_rows=190)
     label, p, weight = click(recent, corrected=False)
     assert window.compute()["click"]["auc"] == pytest.approx(auc(label, p, weight), abs=1e-12)
+
+
+@pytest.mark.parametrize("auc_rows", [100, 300, 1 << 15])
+@pytest.mark.parametrize("cut", [0, 1, 3, 6])
+def test_a_window_goes_on_from_its_state(cut, auc_rows):
+    first, second = WindowMetrics(SCHEMA, auc_rows), WindowMetrics(SCHEMA, auc_rows)
+    all_batches = batches(make_rows())
+    for batch in all_batches[:cut]:
+        first.update(batch.logits, batch)
+    second.load(first.state(), torch.device("cpu"))
+    for batch in all_batches[cut:]:
+        second.update(batch.logits, batch)
+    found, expected = second.compute(), windowed(make_rows(), auc_rows=auc_rows).compute()
+    for task, metrics in found.items():
+        assert metrics == pytest.approx(expected[task], rel=1e-12, nan_ok=True)
 
 
 def test_a_window_does_not_hold_the_graph_of_the_step():
