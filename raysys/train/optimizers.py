@@ -76,10 +76,7 @@ class Optimizers:
         self._settings, self._total_steps = settings, total_steps
         self._model, self._fused = model, model.fused_optimizer
         self._replicated = {table.key: table for table in find_tables(model) if _is_replicated(table, model)}
-        paths = tuple(f"{table.path}." for table in find_tables(model))
-        self._dense_parameters = {
-            name: parameter for name, parameter in model.named_parameters() if not name.startswith(paths)
-        }
+        self._dense_parameters = dense_parameters(model)
         twins = [table.parameter for table in self._replicated.values()]
         self._twin = settings.sparse.dense_twin(twins) if twins else None
         dense = [parameter for parameter in self._dense_parameters.values() if parameter.requires_grad]
@@ -167,6 +164,12 @@ class Optimizers:
 def build_optimizers(model: DistributedModelParallel, settings: OptimizerSettings, total_steps: int) -> Optimizers:
     """The optimisers of a model that `shard` made; total_steps: the length of the run, where decay ends."""
     return Optimizers(model, settings, total_steps)
+
+
+def dense_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a plain or sharded TrainStep by name, without those of its embedding tables."""
+    tables = tuple(f"{table.path}." for table in find_tables(module))
+    return {name: parameter for name, parameter in module.named_parameters() if not name.startswith(tables)}
 
 
 def clip_groups(parameters: Mapping[str, nn.Parameter], clip: Mapping[str, float]) -> dict[str, list[nn.Parameter]]:

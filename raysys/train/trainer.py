@@ -31,6 +31,7 @@ from raysys.train.job import Job, absolute, device_type
 from raysys.train.launch import launch
 from raysys.train.lock import check_free, held, is_held
 from raysys.train.loop import total_steps
+from raysys.train.optimizers import clip_groups, dense_parameters
 from raysys.train.plan import TablePlan, plan_table, plan_tables
 from raysys.train.record import RECORD, RunRecord, config_changes, config_hash, read_record
 from raysys.train.size import parameter_counts
@@ -76,6 +77,7 @@ def prepare(config: Config) -> Prepared:
     BestSoFar(settings.early_stopping, schema)
     check_slices(schema, settings.slices)
     step = job.train_step("meta")
+    clip_groups(dense_parameters(step), settings.optimizers.clip)
     plan = plan_tables(step, world_size, device, reader.local_batch_size, settings.sharding, settings.optimizers)
     facts = {
         "run_id": folder.name,

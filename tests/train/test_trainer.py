@@ -140,6 +140,14 @@ def test_a_log_without_validation_and_test_trains_too(data, tiny_config):
         (["trainer=ray", "trainer.device=auto"], "trainer.device is 'auto', but the driver may have other devices"),
         (["trainer.device=cuda"], "trainer.device is 'cuda', and torch finds no GPU here"),
         (["train.sharding.ddr_bytes=1000"], "bytes are missing"),
+        (
+            ["train.optimizers.clip={model: 5.0, model.towrs: 1.0}"],
+            "train.optimizers.clip names 'model.towrs', which no dense parameter has\n  hint: did you mean 'model.towers'?",
+        ),
+        (
+            ["train.optimizers.clip={model.embeddings.bags: 1.0}"],
+            "names 'model.embeddings.bags', which no dense parameter has",
+        ),
         (["data.folder=/nowhere"], "/nowhere/schema.yaml: no such schema"),
         (["resume=/nowhere/step_00000001"], "resume is '/nowhere/step_00000001', and there is no such checkpoint"),
     ],
