@@ -107,8 +107,14 @@ def absolute(path: str) -> str:
 
 
 def step_seed(seed: int, rank: int, step: int) -> None:
-    """Seed dropout as a function of (seed, rank, step), so that a resumed run draws what an undisturbed one draws."""
-    torch.manual_seed((seed * 1_000_003 + rank) * 1_000_000_007 + step)
+    """Seed dropout as a function of (seed, rank, step), so that a resumed run draws what an undisturbed one draws.
+
+    It seeds this process's generators as `torch.manual_seed` does, which formats a stack trace at each call (0.3 ms).
+    """
+    value = (seed * 1_000_003 + rank) * 1_000_000_007 + step
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_initialized():
+        torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(value)
 
 
 def set_up_process(cpus: float) -> None:

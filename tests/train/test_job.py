@@ -44,6 +44,14 @@ def test_each_step_of_each_rank_draws_its_own_numbers():
     assert len(set(drawn.values())) == 4
 
 
+def test_a_step_draws_what_a_manual_seed_draws():
+    step_seed(3, 1, 20)
+    found = torch.rand(5), torch.randperm(9), torch.nn.functional.dropout(torch.ones(50))
+    torch.manual_seed((3 * 1_000_003 + 1) * 1_000_000_007 + 20)
+    expected = torch.rand(5), torch.randperm(9), torch.nn.functional.dropout(torch.ones(50))
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
 def test_the_device_is_what_the_driver_may_know(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
