@@ -1,4 +1,4 @@
-"""Score a log with a trained run: `python jobs/predict.py run=runs/X input=LOG.parquet output=scores trainer=ray`."""
+"""Score a log with a trained run: `python jobs/predict.py run=runs/X input=LOG.csv output=scores trainer=ray`."""
 
 from __future__ import annotations
 

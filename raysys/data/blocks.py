@@ -26,7 +26,7 @@ class EncodedLog:
         self._log = log
         self._transforms = transforms
         self._labels = labels
-        self._columns = transforms.schema.columns(labels)
+        self._columns = log.columns
         at_least = 8 * log.num_rows * len(self._columns)  # counting the values of a large log takes long
         self._keep = at_least <= KEEP_BYTES and 8 * log.num_values(self._columns) <= KEEP_BYTES
         self._kept: dict[int, Rows] = {}  # row groups by their first row

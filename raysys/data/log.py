@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from raysys.data.columns import Source, agree, type_word
 from raysys.data.filesystem import resolve
-from raysys.data.roles import check_column, roles
+from raysys.data.roles import Role, check_column, roles
 from raysys.errors import UserError, first_line
 from raysys.schema import FeatureSchema
 
@@ -36,7 +36,8 @@ class ParquetLog:
     """One split: a file, or a folder of *.parquet files in the order of their paths, at any pyarrow or fsspec URI.
 
     Opening reads the footers only and checks that every file is whole and has the schema's columns in types that their
-    roles take, that there are rows, and that each label has a value somewhere. `labels=False` is for logs to be scored.
+    roles take, that there are rows, and that each label has a value somewhere. `labels=False` is for logs to be scored,
+    which need not have columns for example_id, group_id and time either.
     """
 
     def __init__(self, path: str | Path, schema: FeatureSchema, labels: bool = True) -> None:
@@ -47,6 +48,7 @@ class ParquetLog:
         self.files = self._open(root)
         self.num_rows = sum(file.metadata.num_rows for file in self.files)
         self.types = self._check_types()
+        self.columns = list(self.types)
         if self.num_rows == 0:
             raise UserError(f"{self.path}: no rows", "a split needs at least one row")
         for name in schema.tasks if labels else ():
@@ -71,7 +73,7 @@ class ParquetLog:
         return count
 
     def read(self, columns: list[str] | None = None) -> pa.Table:
-        """All rows of these columns (default: all that the schema names) in memory."""
+        """All rows of these columns (default: `columns`) in memory."""
         batches = [batch for _, batch in self.scan(columns=columns)]
         tables = [pa.Table.from_batches([batch]) for batch in batches]
         return pa.concat_tables(tables, promote_options="permissive").combine_chunks()
@@ -88,7 +90,7 @@ class ParquetLog:
 
         Rows before `start` in its row group are decoded and dropped: Parquet cannot be entered in the middle.
         """
-        columns = self.schema.columns(self.labels) if columns is None else columns
+        columns = self.columns if columns is None else columns
         stop = self.num_rows if stop is None else stop
         for file in self.files:
             if file.first_row < stop and file.first_row + file.metadata.num_rows > start:
@@ -156,7 +158,7 @@ class ParquetLog:
     def _check_types(self) -> dict[str, pa.DataType]:
         """The type of each column of the schema; files must agree on whether ids are numbers or strings, alone or lists."""
         types: dict[str, pa.DataType] = {}
-        for role in roles(self.schema, self.labels):
+        for role in self._roles():
             for file in self.files:
                 check_column(role, file.schema, file.name)
                 kind = file.schema.field(role.column).type
@@ -169,6 +171,12 @@ class ParquetLog:
                 if "null" in type_word(known):
                     types[role.column] = kind
         return types
+
+    def _roles(self) -> Iterator[Role]:
+        """Those that this log must fill; what only some files have, all must."""
+        for role in roles(self.schema, self.labels):
+            if self.labels or not role.optional or any(role.column in file.schema.names for file in self.files):
+                yield role
 
     def _check_label(self, name: str) -> None:
         for file in self.files:

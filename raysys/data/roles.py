@@ -19,8 +19,8 @@ Lists = Literal["never", "always", "either"]
 class Role:
     """What the schema uses a column for: the kinds it takes, and whether its values may or must be lists.
 
-    `is_id` where an integer and a string of the same digits are different values; `optional` where raw rows that are
-    scored need not have it (a log must).
+    `is_id` where an integer and a string of the same digits are different values; `optional` where rows that are scored
+    need not have it (those that are trained on must).
     """
 
     column: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,11 +18,11 @@ SUFFIXES = {".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".csv.gz": "
 _ENDS = 65_536
 
 
-def open_source(path: str | Path) -> pads.Dataset:
+def open_source(path: str | Path, types: Mapping[str, pa.DataType] | None = None) -> pads.Dataset:
     """A file, or a folder of files of one kind, at a path or at any URI that pyarrow or fsspec knows.
 
     CSV and TSV have a header; the types of their columns are those of the first block of each file. What stands there
-    without quotes as nothing, NA, null or nan is null.
+    without quotes as nothing, NA, null or nan is null. types: of columns of a CSV file, whatever they look like.
     """
     path = str(path)
     filesystem, _, listed = _list(path)
@@ -39,12 +39,20 @@ def open_source(path: str | Path) -> pads.Dataset:
     if kind != "parquet":
         layout = pads.CsvFileFormat(
             pacsv.ParseOptions(delimiter="," if kind == "csv" else "\t"),
-            convert_options=pacsv.ConvertOptions(strings_can_be_null=True, quoted_strings_can_be_null=False),
+            convert_options=pacsv.ConvertOptions(
+                strings_can_be_null=True, quoted_strings_can_be_null=False, column_types=types
+            ),
         )
     try:
         return pads.dataset(files, format=layout, filesystem=filesystem)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read as {kind}: {first_line(error)}") from None
+
+
+def is_text(path: str | Path) -> bool:
+    """Whether it is a CSV or TSV file, or a folder with such files and no Parquet."""
+    kinds = {_kind(file.path) for file in _list(str(path))[2]} - {""}
+    return bool(kinds) and "parquet" not in kinds
 
 
 def read_batches(

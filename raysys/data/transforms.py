@@ -47,7 +47,7 @@ class Transforms:
         self.schema = schema
         self.seed = seed
         self.normalizers = normalizers
-        self._types = types  # of the columns that hold ids: "integer", "list<string>", … as fitted
+        self.types = types  # of the columns that hold ids: "integer", "list<string>", … as fitted
         self._vocabularies = vocabularies
         self._tables = {
             table.name: IdTable(
@@ -126,7 +126,7 @@ class Transforms:
             "format": FORMAT,
             "seed": self.seed,
             "schema": self.schema.to_dict(),
-            "types": self._types,
+            "types": self.types,
             "normalizers": {name: dataclasses.asdict(value) for name, value in self.normalizers.items()},
         }
         (folder / "transforms.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -160,9 +160,9 @@ class Transforms:
                 continue
             check_column(role, columns, source.name)
             kind = columns.field(role.column).type
-            if role.is_id and not agree(type_word(kind), self._types[role.column]):
+            if role.is_id and not agree(type_word(kind), self.types[role.column]):
                 raise UserError(
-                    f"{source.name}: column {role.column!r} has type {kind}, fitted was {self._types[role.column]}",
+                    f"{source.name}: column {role.column!r} has type {kind}, fitted was {self.types[role.column]}",
                     "5, '5' and [5] are different things: write the column with one type everywhere",
                 )
         if len(self._checked) > _CHECKED:  # requests with every combination of null columns

@@ -17,6 +17,9 @@ from raysys.bundle import to_predictions
 from raysys.config import Config
 from raysys.data.batch import Batch
 from raysys.data.log import ParquetLog
+from raysys.data.roles import check_column, roles
+from raysys.data.row_groups import RowGroupWriter
+from raysys.data.source import is_text, open_source, read_batches
 from raysys.errors import UserError
 from raysys.nn.calibration import Calibrator, calibration_from_dict
 from raysys.nn.collectives import communication_device, global_sum, rank, world_size
@@ -36,8 +39,9 @@ _NO_STATE = OptimizerSettings(sparse=SparseOptimizer(name="sgd"))
 def predict(run: Path, log_path: str, output: Path, trainer: Config, checkpoint: Path | None = None) -> int:
     """Score the log at a path or URI into the folder `output`, which appears when all is done, and return its rows.
 
-    trainer: where the workers run, as the `trainer` group of a training config. checkpoint: None takes the run's best one.
-    Columns: example_id, and per task `<task>_probability` (`<task>_prediction` of a regression task).
+    The log is Parquet, CSV or TSV. trainer: where the workers run, as the `trainer` group of a training config. checkpoint:
+    None takes the run's best one. Columns of the output: example_id (the row's number, from 0, where the log has no such
+    column), and per task `<task>_probability` (`<task>_prediction` of a regression task).
     """
     output, log_path = output.resolve(), absolute(log_path)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -45,15 +49,17 @@ def predict(run: Path, log_path: str, output: Path, trainer: Config, checkpoint:
     job, record = open_run(run, checkpoint)
     writing = output.with_name(f"{output.name}.writing")
     job = dataclasses.replace(job, config=job.config | {"trainer": trainer}, folder=writing)
-    work = partial(
-        predict_worker,
-        plan=_plan(job, log_path, record["device"]),
-        log_path=log_path,
-        output=writing / "scores",
-        calibration=record.get("calibration") or {},
-    )
     shutil.rmtree(writing, ignore_errors=True)
     try:
+        if is_text(log_path):
+            log_path = str(_as_parquet(job, log_path, writing))
+        work = partial(
+            predict_worker,
+            plan=_plan(job, log_path, record["device"]),
+            log_path=log_path,
+            output=writing / "scores",
+            calibration=record.get("calibration") or {},
+        )
         rows = launch(job, work, emit=lambda event: None, can_stop=False)
         if output.exists():
             output.rmdir()
@@ -61,6 +67,24 @@ def predict(run: Path, log_path: str, output: Path, trainer: Config, checkpoint:
     finally:
         shutil.rmtree(writing, ignore_errors=True)
     return rows
+
+
+def _as_parquet(job: Job, log_path: str, folder: Path) -> Path:
+    """A copy of a CSV log, made in bounded memory where all workers can read it; ids have the types that training saw."""
+    texts = [name for name, kind in job.transforms.types.items() if kind == "string"]
+    data = open_source(log_path, dict.fromkeys(texts, pa.string()))
+    found = [role for role in roles(job.schema, labels=False) if not role.optional or role.column in data.schema.names]
+    for role in found:
+        check_column(role, data.schema, log_path)
+    folder.mkdir(parents=True)
+    copy, rows = folder / f"{Path(log_path).name}.parquet", 0
+    with RowGroupWriter(copy) as writer:
+        for batch in read_batches(data, log_path, list(dict.fromkeys(role.column for role in found))):
+            writer.write(batch)
+            rows += len(batch)
+    if not rows:
+        raise UserError(f"{log_path}: no rows", "a log needs at least one row")
+    return copy
 
 
 def _plan(job: Job, log_path: str, trained_on: str) -> TablePlan:

@@ -7,7 +7,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
 
-from raysys.data.source import fingerprint, open_source, read_batches
+from raysys.data.source import fingerprint, is_text, open_source, read_batches
 from raysys.errors import UserError
 
 TABLE = pa.table({"n": list(range(10)), "word": [f"w,{i}" for i in range(10)]})
@@ -29,6 +29,21 @@ def test_each_kind_of_file_is_read_alone_in_a_folder_and_by_uri(tmp_path, suffix
         batches = list(read_batches(open_source(source), "log", ["word", "n"], batch_size=4))
         assert max(len(batch) for batch in batches) <= 4
         assert pa.Table.from_batches(batches).equals(TABLE.select(["word", "n"]))
+
+
+def test_columns_of_a_csv_file_can_be_given_a_type(tmp_path):
+    (tmp_path / "log.csv").write_text("word,n\n07,1\n,2\n")
+    (batch,) = read_batches(open_source(tmp_path / "log.csv", {"word": pa.string(), "other": pa.string()}), "log")
+    assert batch.to_pydict() == {"word": ["07", None], "n": [1, 2]}
+
+
+def test_text_is_what_holds_csv_and_no_parquet(tmp_path):
+    for name, expected in {"a.csv": True, "b.tsv.gz": True, "c.parquet": False, "d": False}.items():
+        (tmp_path / name).touch()
+        assert is_text(tmp_path / name) == expected
+    assert not is_text(tmp_path)
+    (tmp_path / "c.parquet").unlink()
+    assert is_text(tmp_path)
 
 
 def test_nothing_and_na_are_null_in_csv_unless_quoted(tmp_path):

@@ -361,6 +361,50 @@ def test_runs_are_scored_and_exported(job, tiny_run, tiny_data, tmp_path):
     assert (status, err) == (2, "error: config key 'run' has no default\n  hint: give it: run=...\n")
 
 
+def test_a_csv_file_is_trained_on_and_scored_as_it_is(job, tmp_path):
+    rng = np.random.default_rng(0)
+    shop = rng.integers(0, 30, 1000)
+    rows = [f"{number % 7},{number:02d}x,{number / 3:.2f},{number % 2}" for number in shop]
+    rows[5] = ",03x,,1"  # nulls
+    source, later = tmp_path / "clicks.csv", tmp_path / "later.csv"
+    source.write_text("\n".join(["day,shop,price,click", *rows]) + "\n")
+    (tmp_path / "schema.yaml").write_text(
+        """
+tables: {day: {num_embeddings: 10}, shop: {num_embeddings: 40}}
+dense: [{name: price}]
+sparse: [{name: day, table: day}, {name: shop, table: shop}]
+labels: [{name: click}]
+"""
+    )
+    data = [
+        f"data.prepare.{key}={tmp_path / file}" for key, file in (("source", "clicks.csv"), ("schema", "schema.yaml"))
+    ]
+    places = [f"data.folder={tmp_path}/data", f"runs_folder={tmp_path}/runs", "run_id=csv"]
+    status, _, err = job("train", "data=table", "model=dlrm", "train.batch_size=200", *data, *places)
+    assert status == 0, err
+    run = tmp_path / "runs" / "csv"
+    status, out, err = job("predict", f"run={run}", f"input={source}", f"output={tmp_path}/scores")
+    assert (status, out) == (0, f"1,000 rows scored: {tmp_path}/scores\n"), err
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("scores")) == ["scores"]
+    found = pq.read_table(tmp_path / "scores").sort_by("example_id")
+    assert found["example_id"].to_pylist() == list(range(1000))  # the row's number
+    expected = pq.read_table(run / "predictions" / "test.parquet")
+    scores = found["click_probability"].to_numpy()[expected["example_id"].to_numpy()]
+    np.testing.assert_allclose(scores, expected["click_probability"].to_numpy(), rtol=1e-6)
+
+    later.write_text("shop,day,price\n12,3,1\n07,3,2\n")  # shops that look like numbers
+    assert job("predict", f"run={run}", f"input={later}", f"output={tmp_path}/later")[0] == 0
+    later.write_text("shop,dai,price\n12,3,1\n")
+    status, _, err = job("predict", f"run={run}", f"input={later}", f"output={tmp_path}/wrong")
+    assert (status, err.splitlines()[1]) == (2, "  hint: did you mean 'dai'?")
+    assert err.startswith(f"error: {later}: column 'day' is missing (a sparse feature")
+    later.write_text("shop,day,price\n")
+    status, _, err = job("predict", f"run={run}", f"input={later}", f"output={tmp_path}/none")
+    assert status == 2
+    assert f"{later}: no rows" in err
+    assert not list(tmp_path.glob("*.writing"))
+
+
 def test_data_sets_are_prepared_once(job, tmp_path):
     arguments = [
         "data=criteo_shaped",

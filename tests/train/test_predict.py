@@ -40,6 +40,22 @@ def test_scores_are_what_evaluation_and_bundle_say(tiny_run, tiny_data, log, tmp
     assert not list(tmp_path.glob("scores.*"))
 
 
+def test_a_log_needs_no_column_that_a_score_does_not_depend_on(tiny_run, log, tmp_path):
+    predict(tiny_run, str(log), tmp_path / "named", LOCAL)
+    named, (first, second) = in_order_of_rows(tmp_path / "named"), [tmp_path / "raw" / f"{n}.parquet" for n in (1, 2)]
+    first.parent.mkdir()
+    table = pq.read_table(log).drop(["row"])
+    pq.write_table(table.slice(0, 100), first)
+    pq.write_table(table.slice(100), second)
+    predict(tiny_run, str(first.parent), tmp_path / "numbered", LOCAL)
+    numbered = in_order_of_rows(tmp_path / "numbered")
+    assert numbered["example_id"].to_pylist() == list(range(301))
+    np.testing.assert_allclose(numbered["click_probability"], named["click_probability"], rtol=1e-6)
+    pq.write_table(pq.read_table(log).slice(100), second)  # numbers could repeat these ids
+    with pytest.raises(UserError, match=r"1\.parquet: column 'row' is missing \(example_id\)"):
+        predict(tiny_run, str(first.parent), tmp_path / "mixed", LOCAL)
+
+
 def score(job, plan, log, output, calibration):
     """One rank of a prediction, within the tests' own processes."""
     import torch

@@ -12,7 +12,6 @@ from typing import Literal, get_args
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from raysys.data.columns import integers, numbers, seconds, whole
@@ -20,12 +19,12 @@ from raysys.data.hashing import mix
 from raysys.data.infer import infer_schema
 from raysys.data.prepare.dataset import SPLITS, check_local, is_prepared, prepare_folder
 from raysys.data.prepare.splits import TRAIN, check_split, share_split, time_cuts, time_split
+from raysys.data.row_groups import RowGroupWriter
 from raysys.data.source import fingerprint, open_source, read_batches
 from raysys.errors import UserError, nearest
 from raysys.schema import FeatureSchema
 
 TableSplit = Literal["random", "time"]
-ROW_GROUP_ROWS = 16_384
 ROW_NUMBER = "example_id"
 """The column that is added where the schema names no example id: the row's number in the source."""
 
@@ -137,7 +136,7 @@ def _write_splits(
     cuts = _time_cuts(data, source, schema) if split == "time" else None
     rows_seen, rows_written = 0, np.zeros(len(SPLITS), np.int64)
     with ExitStack() as stack:
-        writers = [stack.enter_context(_SplitWriter(folder / f"{name}.parquet")) for name in SPLITS]
+        writers = [stack.enter_context(RowGroupWriter(folder / f"{name}.parquet")) for name in SPLITS]
         for batch in read_batches(data, source):
             if schema.example_id not in batch.schema.names:
                 batch = batch.append_column(schema.example_id, pa.array(np.arange(rows_seen, rows_seen + len(batch))))
@@ -192,35 +191,3 @@ def _check_other_labels(
                 f"{source}: label {other!r} has values where {label!r} is 0, so that dropping such rows would distort it",
                 f"down-sample only where the other labels are null when {label!r} is 0",
             )
-
-
-class _SplitWriter:
-    """One Parquet file whose row groups have `ROW_GROUP_ROWS` rows, whatever sizes arrive."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.waiting: list[pa.RecordBatch] = []
-        self.file: pq.ParquetWriter | None = None
-
-    def __enter__(self) -> _SplitWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.waiting:
-            self._write_groups(all_rows=True)
-        if self.file is not None:
-            self.file.close()
-
-    def write(self, batch: pa.RecordBatch) -> None:
-        """Take rows; those that fill no row group yet wait for more."""
-        self.waiting.append(batch)
-        if sum(len(waiting) for waiting in self.waiting) >= ROW_GROUP_ROWS:
-            self._write_groups(all_rows=False)
-
-    def _write_groups(self, all_rows: bool) -> None:
-        table = pa.Table.from_batches(self.waiting)
-        if self.file is None:
-            self.file = pq.ParquetWriter(self.path, table.schema, compression="zstd")
-        full = len(table) if all_rows else len(table) // ROW_GROUP_ROWS * ROW_GROUP_ROWS
-        self.file.write_table(table.slice(0, full), ROW_GROUP_ROWS)
-        self.waiting = table.slice(full).to_batches()

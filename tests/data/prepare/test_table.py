@@ -149,9 +149,9 @@ def test_the_catalogue_beside_the_schema_comes_along(source, schema, tmp_path):
 
 def test_few_rows_at_a_time_are_in_memory(source, schema, tmp_path, monkeypatch):
     waiting = []
-    write = table._SplitWriter.write
+    write = table.RowGroupWriter.write
     monkeypatch.setattr(
-        table._SplitWriter,
+        table.RowGroupWriter,
         "write",
         lambda self, batch: (write(self, batch), waiting.append(sum(map(len, self.waiting)))),
     )
