@@ -36,21 +36,31 @@ def print_dry_run(facts: Mapping[str, Any], seconds: float, console: Console) ->
 
 def print_summary(folder: Path, record: Mapping[str, Any], report: Path, console: Console) -> None:
     """Metrics by split and task, where things are, and what to do next; `record` is the content of run.json."""
-    table = Table("split", "task", "AUC", "NE", "log-loss", "RMSE", "rows", box=None, header_style="bold")
-    for split, tasks in record.get("metrics", {}).items():
-        for task, metrics in tasks.items():
-            figures = [number(metrics.get(key)) if key in metrics else "" for key in ("auc", "ne", "log_loss", "rmse")]
-            table.add_row(split, task, *figures, count(metrics.get("rows")))
     console.print()
     console.print(f"[bold]{folder.name}[/] {record['status'].replace('_', ' ')} at step {count(record['step'])}")
-    console.print(table)
+    if record["metrics"]:
+        console.print(_metrics_table(record["metrics"]))
     for name, path in (("report", report), ("bundle", folder / "bundle"), ("checkpoint", Path(record["checkpoint"]))):
         if path.exists():
             console.print(f"{name:<11}{path}", highlight=False, soft_wrap=True)
+    interrupted = record["status"] == "interrupted"
+    score = f"python jobs/predict.py run={folder} input=LOG.parquet output=scores"
+    resume = (
+        f"python jobs/train.py … run_id={folder.name} resume=auto   (the same command; it continues from this step)"
+    )
     console.print("\nnext:")
     for command in (
+        resume if interrupted else score,
         f"tensorboard --logdir {folder / 'tensorboard'}",
-        "raysys runs",
-        f"python jobs/predict.py run={folder} input=LOG.parquet output=scores",
+        "raysys runs" if folder.parent.resolve() == Path("runs").resolve() else f"raysys runs {folder.parent}",
     ):
         console.print(f"  {command}", highlight=False, soft_wrap=True)
+
+
+def _metrics_table(splits: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
+    table = Table("split", "task", "AUC", "NE", "log-loss", "RMSE", "rows", box=None, header_style="bold")
+    for split, tasks in splits.items():
+        for task, metrics in tasks.items():
+            figures = [number(metrics.get(key)) if key in metrics else "" for key in ("auc", "ne", "log_loss", "rmse")]
+            table.add_row(split, task, *figures, count(metrics.get("rows")))
+    return table
