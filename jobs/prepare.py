@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from raysys.config import Config, instantiate, run_job
+from raysys.config import Config, instantiate, run_job, validate
 from raysys.errors import UserError
+from raysys.train.settings import DataSettings
 
 
 def main(config: Config) -> None:
     """Write train, valid and test splits and their schema; a data set that is there already is left alone."""
-    data = config["data"]
-    if not data.get("prepare"):
-        raise UserError(f"{data['folder']}: this data set has nothing to prepare", "it is used as it is")
-    instantiate(data["prepare"])
+    data = validate(DataSettings, config["data"], "data")
+    if not data.prepare:
+        raise UserError(f"{data.folder}: this data set has nothing to prepare", "it is used as it is")
+    instantiate(data.prepare)
 
 
 if __name__ == "__main__":

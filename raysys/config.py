@@ -63,7 +63,7 @@ def compose(overrides: Sequence[str] = (), name: str = "train", config_dir: str 
         try:
             config = hydra_compose(name, [*search, *_with_open_mappings(overrides, known)])
             content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a number for a group
             raise _explain(error, known, folders) from error
     assert isinstance(content, dict)
     return {str(key): value for key, value in content.items()}
@@ -203,17 +203,22 @@ def locate(path: str, allowed: Sequence[str] | None = None) -> Callable[..., Any
     return target
 
 
-def validate(kind: type[T], node: Config, where: str) -> T:
-    """A settings dataclass from a config node; types are checked and unknown keys named with the nearest valid one."""
+def validate(kind: type[T], node: Config, where: str = "") -> T:
+    """A settings dataclass from the config node at the key `where`, or from a whole config.
+
+    Types are checked and unknown keys named with the nearest valid one.
+    """
     try:
         return TypeAdapter(kind).validate_python(node)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join([where, *(str(part) for part in first["loc"])])
+        key = ".".join([*([where] if where else []), *(str(part) for part in first["loc"])])
         if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             raise UserError(
                 f"unknown config key {key!r}", nearest(str(first["loc"][-1]), _fields(kind, first["loc"][:-1]))
             ) from None
+        if first["type"] in ("missing", "missing_argument"):
+            raise UserError(f"config key {key!r} is missing", "--show-config prints the keys that there are") from None
         raise UserError(f"config key {key!r} is {first['input']!r}", first["msg"]) from None
 
 

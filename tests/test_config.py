@@ -9,7 +9,7 @@ import pytest
 
 from raysys.config import arguments_of, compose, fingerprint, instantiate, locate, run_job, validate
 from raysys.errors import UserError
-from raysys.train.settings import TrainerSettings, TrainSettings
+from raysys.train.settings import Settings, TrainerSettings, TrainSettings
 
 BASE = ["data=synthetic", "model=dlrm"]
 
@@ -49,6 +49,7 @@ def test_every_group_option_composes():
         ("model.towr=[8]", "unknown config key 'model.towr'", "did you mean 'model.tower'?"),
         ("trian.clip={a: 1}", "unknown config key 'trian.clip'", "did you mean 'train.slices'?"),
         ("model=dlmr", "no config 'dlmr' in group 'model'", "did you mean 'dlrm'?"),
+        ("model=5", "config: Config group override must be a string or a list. Got int", None),
         ("seed=???", "config key 'seed' has no default", "give it: seed=..."),
         ("nothing", "'nothing' is no override", "write key=value, in quotes where needed"),
         (
@@ -116,6 +117,42 @@ def test_wrong_settings_name_the_key(override, message, hint):
     with pytest.raises(UserError) as caught:
         validate(TrainSettings, config["train"], "train")
     assert (caught.value.message, caught.value.hint) == (message, hint)
+
+
+@pytest.mark.parametrize(
+    ("override", "message", "hint"),
+    [
+        ("seed=abc", "config key 'seed' is 'abc'", "Input should be a valid integer, unable to parse"),
+        ("seed=1.5", "config key 'seed' is 1.5", "Input should be a valid integer, got a number with a fractional"),
+        ("name=[1]", "config key 'name' is [1]", "Input should be a valid string"),
+        ("resume=5", "config key 'resume' is 5", "Input should be a valid string"),
+        ("runs_folder=null", "config key 'runs_folder' is None", "Input should be a valid string"),
+        ("data.folder={a: 1}", "config key 'data.folder' is {'a': 1}", "Input should be a valid string"),
+        ("data.shards=many", "config key 'data.shards' is 'many'", "Input should be a valid integer"),
+        ("data.shards=0", "config key 'data.shards' is 0", "Input should be greater than 0"),
+        ("data.shuffle_rows=-1", "config key 'data.shuffle_rows' is -1", "Input should be greater than or equal to 0"),
+        ("data.prefetch=x", "config key 'data.prefetch' is 'x'", "Input should be a valid integer"),
+        ("data.keep_groups_whole=5", "config key 'data.keep_groups_whole' is 5", "Input should be a valid boolean"),
+        ("data.prepare=5", "config key 'data.prepare' is 5", "Input should be a valid dictionary"),
+        ("+data.shuffle=5", "unknown config key 'data.shuffle'", "did you mean 'shuffle_rows'?"),
+        ("~data.shards", "config key 'data.shards' is missing", "--show-config prints the keys that there are"),
+        ("train.batch_size=0", "config key 'train.batch_size' is 0", "Input should be greater than 0"),
+    ],
+)
+def test_wrong_values_name_the_key_wherever_it_stands(override, message, hint):
+    with pytest.raises(UserError) as caught:
+        validate(Settings, compose([*BASE, override]))
+    assert caught.value.message == message
+    assert caught.value.hint.startswith(hint)
+
+
+def test_every_config_of_ours_is_valid_and_words_may_be_numbers():
+    from raysys.config import config_folder
+
+    for option in (config_folder() / "data").glob("*.yaml"):
+        assert validate(Settings, compose([f"data={option.stem}"])).data.shards == 12
+    settings = validate(Settings, compose([*BASE, "run_id=7", "name=20261123"]))
+    assert (settings.run_id, settings.name) == ("7", "20261123")
 
 
 class Shape:

@@ -17,7 +17,7 @@ from raysys.data.reader import Reader
 from raysys.data.transforms import Transforms
 from raysys.errors import UserError
 from raysys.schema import FeatureSchema
-from raysys.train.settings import TrainerSettings, TrainSettings
+from raysys.train.settings import DataSettings, TrainerSettings, TrainSettings
 from raysys.train.step import TrainStep
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _NEVER = -1, -3, 2**31 - 1  # of glibc's malloc.h
@@ -49,6 +49,11 @@ class Job:
         return validate(TrainerSettings, self.config["trainer"], "trainer")
 
     @property
+    def reading(self) -> DataSettings:
+        """The `data` group, validated."""
+        return validate(DataSettings, self.config["data"], "data")
+
+    @property
     def seed(self) -> int:
         """The seed of initial weights, shuffling and dropout."""
         return int(self.config["seed"])
@@ -72,19 +77,19 @@ class Job:
 
     def reader(self, log: ParquetLog, *, training: bool, rank: int, world_size: int, labels: bool = True) -> Reader:
         """A reader of this rank's rows: shuffled for training, in the order of the file for evaluation."""
-        data, settings = self.config["data"], self.train
+        data, settings = self.reading, self.train
         return Reader(
             log,
             self.transforms,
             batch_size=settings.batch_size if training else settings.evaluation_batch_size,
-            shards=data["shards"],
+            shards=data.shards,
             rank=rank,
             world_size=world_size,
             seed=self.seed,
-            shuffle_rows=data["shuffle_rows"] if training else 0,
-            prefetch=data["prefetch"],
+            shuffle_rows=data.shuffle_rows if training else 0,
+            prefetch=data.prefetch,
             labels=labels,
-            keep_groups_whole=training and data["keep_groups_whole"],
+            keep_groups_whole=training and data.keep_groups_whole,
         )
 
     def model(self, device: str) -> nn.Module:

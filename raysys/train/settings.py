@@ -1,16 +1,18 @@
-"""The settings of a training run: the `train` and `trainer` groups of the config, typed."""
+"""The settings of a training run: its config, typed, but for the arguments of the classes that it names."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from raysys.train.checkpoint import CheckpointSettings
 from raysys.train.optimizers import OptimizerSettings
 from raysys.train.plan import ShardingSettings
 
+Word = Annotated[str, Field(coerce_numbers_to_str=True)]
+"""Text that may look like a number on the command line: `run_id=7`."""
 Pipeline = Literal["auto", "base", "sparse_dist"]
 
 
@@ -69,3 +71,33 @@ class TrainerSettings:
     hang_timeout_s: PositiveFloat = 120.0
     start_timeout_s: PositiveFloat = 120.0
     address: str | None = None
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where the data set is and how it is read; `prepare` names the function that makes it where it is missing."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+    folder: Word
+    shards: PositiveInt
+    shuffle_rows: NonNegativeInt
+    prefetch: NonNegativeInt
+    keep_groups_whole: bool = False
+    prepare: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A config of jobs/train.py; the classes that `model` and `objective` name check their arguments themselves."""
+
+    name: Word
+    seed: int
+    runs_folder: Word
+    run_id: Word | None
+    resume: str
+    data: DataSettings
+    train: TrainSettings
+    trainer: TrainerSettings
+    model: dict[str, Any]
+    objective: dict[str, Any]

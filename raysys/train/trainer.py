@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from raysys.config import Config
+from raysys.config import Config, validate
 from raysys.data.filesystem import read_text
 from raysys.data.log import ParquetLog, split_path
 from raysys.data.prepare.dataset import read_prepared
@@ -34,6 +34,7 @@ from raysys.train.loop import total_steps
 from raysys.train.optimizers import clip_groups, dense_parameters
 from raysys.train.plan import TablePlan, plan_table, plan_tables
 from raysys.train.record import RECORD, RunRecord, config_changes, config_hash, read_record
+from raysys.train.settings import Settings
 from raysys.train.size import parameter_counts
 from raysys.train.slices import check_slices
 
@@ -53,11 +54,12 @@ class Prepared:
 
 def prepare(config: Config) -> Prepared:
     """Check data, config, model and plan on the driver; nothing is written yet. Raises UserError."""
-    folder, resume = _run_folder(config)
-    data = absolute(config["data"]["folder"])
+    given = validate(Settings, config)
+    folder, resume = _run_folder(config, given)
+    data = absolute(given.data.folder)
     schema = FeatureSchema.load(f"{data.rstrip('/')}/schema.yaml", read_text)
     log = ParquetLog(split_path(data, "train"), schema)
-    job = Job(config, schema, _transforms(log, config["seed"], folder, resume), folder, data, resume)
+    job = Job(config, schema, _transforms(log, given.seed, folder, resume), folder, data, resume)
     settings, trainer = job.train, job.trainer
     world_size = 1 if trainer.kind == "local" else trainer.workers
     device = device_type(trainer)
@@ -134,18 +136,18 @@ def _fit(prepared: Prepared, listeners: Sequence[Listener]) -> Outcome:
     return outcome
 
 
-def _run_folder(config: Config) -> tuple[Path, Path | None]:
+def _run_folder(config: Config, given: Settings) -> tuple[Path, Path | None]:
     """The folder of this run, and the checkpoint of another run that it starts from.
 
     `resume: auto` takes up the run `run_id`, which must have the same config, or else the newest unfinished run of the same
     config that no process is training; `none` starts a run; a path starts one that continues from that checkpoint.
     """
-    runs, resume, run_id = Path(config["runs_folder"]).resolve(), config["resume"], config["run_id"]
+    runs, resume, run_id = Path(given.runs_folder).resolve(), given.resume, given.run_id
     if resume == "auto" and run_id is None:
         unfinished = [path for path in runs.glob("*/run.json") if _takes_up(path.parent, config)]
         if unfinished:
             return max(unfinished, key=lambda path: path.stat().st_mtime).parent, None
-    folder = runs / str(run_id) if run_id else _new_folder(runs, config["name"])
+    folder = runs / run_id if run_id else _new_folder(runs, given.name)
     if resume != "auto" and (folder / RECORD).exists():
         raise UserError(f"run {folder} exists already", "give it another run_id, or continue it with resume=auto")
     if resume == "auto":
