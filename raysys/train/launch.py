@@ -29,6 +29,9 @@ T = TypeVar("T")
 STOP_FILE = "stop"
 FAILURE_FILE = "failure.json"
 _POLL_SECONDS = 0.5
+_RAY_JOB = (
+    "RAY_JOB_CONFIG_JSON_ENV_VAR"  # the whole name of the variable that Ray sets for the driver of a submitted job
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,20 @@ def launch(job: Job, work: Callable[[Worker], T], emit: Emit, can_stop: bool = T
         return run(job, work, emit)
     with _sigterm_asks_to_stop(job.folder / STOP_FILE):
         return run(job, work, emit)
+
+
+def relative_in_ray_job(folders: dict[str, str]) -> str | None:
+    """A warning where this is the driver of `ray job submit` and a folder (by its key) is relative, else None.
+
+    It would stand in the copy of the working directory that Ray makes for the job, and deletes.
+    """
+    relative = [f"{key}={path}" for key, path in folders.items() if "://" not in path and not Path(path).is_absolute()]
+    if _RAY_JOB not in os.environ or not relative:
+        return None
+    return (
+        f"{' and '.join(relative)} will be in Ray's temporary copy of the working directory, and vanish with it: "
+        "give an absolute path on a file system that all nodes share"
+    )
 
 
 def _in_process(job: Job, work: Callable[[Worker], T], emit: Emit) -> T:

@@ -115,6 +115,14 @@ def test_no_data_set_is_written_at_a_uri(job, tmp_path, name):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_submitted_job_warns_of_relative_folders_before_it_trains(job, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    _, out, _ = job("train", *tiny, "runs_folder=runs", "--dry-run")
+    assert out.startswith("warning: runs_folder=runs will be in Ray's temporary copy of the working directory")
+    assert "warning" not in job("train", *tiny, "--dry-run")[1]
+
+
 MISTAKES = {
     "unknown key": (
         ["train.batch_sise=3"],

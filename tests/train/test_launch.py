@@ -19,12 +19,26 @@ from raysys.bundle import load_bundle
 from raysys.errors import UserError
 from raysys.train.checkpoint import checkpoint_path, list_checkpoints
 from raysys.train.export import export_run
-from raysys.train.launch import STOP_FILE, launch
+from raysys.train.launch import STOP_FILE, launch, relative_in_ray_job
 from raysys.train.predict import predict
 from raysys.train.record import read_record
 from raysys.train.trainer import fit, prepare
 
 RAY = ["trainer=ray", "model.dropout=0", "train.checkpoint={every_steps: 3, keep: 9}"]
+
+
+def test_a_ray_job_is_told_of_folders_that_will_vanish(monkeypatch):
+    from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+
+    clicks = {"data.folder": "data/clicks"}
+    monkeypatch.delenv(RAY_JOB_CONFIG_JSON_ENV_VAR, raising=False)
+    assert relative_in_ray_job(clicks) is None
+    monkeypatch.setenv(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}")
+    told = "will be in Ray's temporary copy of the working directory, and vanish with it: give an absolute path"
+    assert relative_in_ray_job({"runs_folder": "/shared/runs", **clicks}).startswith(f"data.folder=data/clicks {told}")
+    both = f"runs_folder=runs and data.folder=data/clicks {told}"
+    assert relative_in_ray_job({"runs_folder": "runs", **clicks}).startswith(both)
+    assert relative_in_ray_job({"runs_folder": "/shared/runs", "data.folder": "s3://bucket/clicks"}) is None
 
 
 def train_on_ray(config):
