@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from raysys.config import Config, instantiate, run_job
+from raysys.config import Config, instantiate, run_job, validate
 from raysys.data.filesystem import exists
 from raysys.data.prepare.dataset import is_prepared
 from raysys.errors import UserError
@@ -17,6 +17,7 @@ from raysys.train.export import export_run
 from raysys.train.launch import relative_in_ray_job
 from raysys.train.plan import format_plan
 from raysys.train.record import read_record
+from raysys.train.settings import Settings
 from raysys.train.size import estimate_seconds
 from raysys.train.trainer import Prepared, fit, prepare
 
@@ -27,11 +28,11 @@ def main(config: Config) -> None:
     folders = {"runs_folder": str(config["runs_folder"]), "data.folder": str(config["data"]["folder"])}
     if (warning := relative_in_ray_job(folders)) is not None:
         console.print(f"[bold yellow]warning:[/] {warning}", highlight=False, soft_wrap=True)
-    data = config["data"]
-    if data.get("prepare") and (is_prepared(data["folder"]) or not exists(data["folder"])):
-        if config["dry_run"] and not is_prepared(data["folder"]):
-            raise UserError(f"{data['folder']}: no data yet, and a dry run writes none", "run jobs/prepare.py first")
-        instantiate(data["prepare"])  # what is there must be what the config asks for
+    data = validate(Settings, config).data
+    if data.prepare and (is_prepared(data.folder) or not exists(data.folder)):
+        if config["dry_run"] and not is_prepared(data.folder):
+            raise UserError(f"{data.folder}: no data yet, and a dry run writes none", "run jobs/prepare.py first")
+        instantiate(data.prepare)  # what is there must be what the config asks for
     prepared = prepare(config)
     print_start(prepared.facts, format_plan(prepared.plan), console)
     if config["dry_run"]:
