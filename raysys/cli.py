@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -31,10 +32,15 @@ Training, prediction and export are jobs: python jobs/train.py --help
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one sub-command. Exit status: its own, 2 after an error of the user (one line and a hint), 130 after Ctrl-C."""
+    """Run one sub-command. Exit status: its own, or that of a shell's command that was ended in the same way.
+
+    2 after an error of the user (one line and a hint), 130 after Ctrl-C, 141 where nobody reads the output any longer.
+    """
     arguments = build_parser().parse_args(argv)
     try:
-        return int(arguments.command(arguments))
+        status = int(arguments.command(arguments))
+        sys.stdout.flush()  # here, where a reader that is gone is caught
+        return status
     except UserError as error:
         if arguments.debug:
             traceback.print_exc()
@@ -43,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is written when Python ends
+        return 141
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -149,7 +158,10 @@ def print_rich(content: RenderableType) -> None:
     """Print a table: as wide as the terminal, or wide enough for whole lines into a pipe."""
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(content)
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    with console.capture() as text:
+        console.print(content)
+    print(text.get(), end="")  # not by rich, which takes a reader that is gone for an error of its own
 
 
 if __name__ == "__main__":

@@ -82,6 +82,17 @@ def test_runs_as_a_table_and_as_json(tmp_path, capsys) -> None:
     assert run["metrics"]["test"]["click"]["auc"] == 0.75
 
 
+@pytest.mark.parametrize("arguments", [["--json"], []])
+def test_a_reader_that_is_gone_is_no_traceback(tmp_path, arguments) -> None:
+    for number in range(400):  # more than a pipe holds
+        write_run(tmp_path, f"{number:0200}", 0.7, 8)
+    command = [sys.executable, "-m", "raysys.cli", "runs", str(tmp_path), *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == ("", 141)
+
+
 def test_no_runs_yet(tmp_path, capsys) -> None:
     assert main(["runs", str(tmp_path)]) == 0
     assert "no runs in" in capsys.readouterr().out
