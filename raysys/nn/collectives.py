@@ -52,6 +52,14 @@ def global_sum(value: Tensor) -> Tensor:
     return total
 
 
+def global_max(value: Tensor) -> Tensor:
+    """The elementwise maximum of `value` over all ranks, as a new tensor that carries no gradient."""
+    largest = value.detach().clone(memory_format=torch.contiguous_format)
+    if world_size() > 1:
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest
+
+
 class _GatherWithGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torchrec.distributed.types import ShardingPlan
 
 from raysys.nn.calibration import Calibrator, calibration_to_dict
-from raysys.nn.collectives import rank
+from raysys.nn.collectives import communication_device, global_max, rank
 from raysys.train.checkpoint import checkpoint_path, verify_checkpoint
 from raysys.train.health import embedding_health, hot_ids
 from raysys.train.launch import Worker
@@ -72,7 +72,9 @@ def _evaluate(loop: TrainLoop) -> tuple[dict[str, Any], dict[str, Calibrator]]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this process has held: on the GPU where it computes there, else resident."""
+    """The most memory that the process of any rank has held (collective): on the GPU where it computes there, else resident."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        own = torch.cuda.max_memory_allocated(device)
+    else:
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(global_max(torch.tensor(own, device=communication_device())))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from raysys.nn import collectives
-from raysys.nn.collectives import gather_rows, gather_with_grad, global_sum, on_first_rank
+from raysys.nn.collectives import gather_rows, gather_with_grad, global_max, global_sum, on_first_rank
 
 RANKS = 3
 
@@ -46,6 +46,7 @@ def work(rank: int, folder: Path) -> None:
         "gathered": everyone.detach(),
         "gradient": own.grad,
         "sum": total,
+        "max": global_max(torch.tensor([rank, -rank])),
         "sum_requires_grad": total.requires_grad,
         "value": value.detach(),
         "rows": gather_rows(uneven),
@@ -79,6 +80,11 @@ def test_gather_with_grad_equals_one_process(results):
     for own, result in zip(rows, results, strict=True):
         torch.testing.assert_close(result["gathered"], everyone.detach(), rtol=0, atol=0)
         torch.testing.assert_close(result["gradient"], own.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_global_max_is_that_of_each_element(results):
+    assert all(result["max"].tolist() == [RANKS - 1, 0] for result in results)
+    assert global_max(torch.tensor([3])).tolist() == [3]
 
 
 def test_global_sum_is_the_same_everywhere_and_leaves_its_input(results):
