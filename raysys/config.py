@@ -236,11 +236,17 @@ def fingerprint(config: Config) -> str:
 
 
 def _quieten_libraries() -> None:
-    """Leave out what libraries tell each other's developers; what a user has to know is an error or an event of ours."""
-    for category in (DeprecationWarning, FutureWarning):
-        warnings.simplefilter("ignore", category)
-    for logger in ("", "torch.fx"):  # all, and one that torch gives a level of its own
+    """Leave out what torch and TorchRec tell each other's developers; all others, the user's own model too, are heard."""
+    warnings.filterwarnings("ignore", "Please use DTensor instead", FutureWarning)  # of torch, for TorchRec's tables
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPTaskTowers\) returned a view", UserWarning)
+    for logger in ("torch", "torch.fx", "torchrec", "fbgemm_gpu"):  # torch gives torch.fx a level of its own
         logging.getLogger(logger).setLevel(logging.ERROR)
+    logging.getLogger().addFilter(_is_heard)
+
+
+def _is_heard(record: logging.LogRecord) -> bool:
+    """Whether a record of the root logger is to be shown: TorchRec warns there of every table that it replicates."""
+    return record.levelno >= logging.ERROR or "torchrec" not in Path(record.pathname).parts
 
 
 def run_job(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import warnings
 
 import pytest
 
@@ -263,6 +265,30 @@ def test_a_job_gets_its_config_and_flags(capsys):
     run_job(seen.append, "train", "A job.", [*BASE, "seed=6", "--show-config"])
     assert len(seen) == 2
     assert "seed: 6" in capsys.readouterr().out
+
+
+def test_a_job_is_quiet_about_its_libraries_and_not_about_the_users_model(caplog):
+    def main(config):
+        for category in (FutureWarning, UserWarning):
+            warnings.warn("Please use DTensor instead and so on", FutureWarning, stacklevel=1)
+            warnings.warn("of a model", category, stacklevel=1)
+        logging.getLogger("torchrec.distributed").warning("of TorchRec")
+        logging.getLogger("mymodels").warning("of a model")
+        logging.warning("of a script")
+
+    levels = {name: logging.getLogger(name).level for name in ("torch", "torch.fx", "torchrec", "fbgemm_gpu")}
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run_job(main, "train", "A job.", BASE)
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+    assert [(str(warning.message), warning.category) for warning in caught] == [
+        ("of a model", FutureWarning),
+        ("of a model", UserWarning),
+    ]
+    assert caplog.messages == ["of a model", "of a script"]
 
 
 def test_an_interrupted_job_ends_with_status_130():

@@ -36,7 +36,7 @@ def shard(
     initial = {key: initial_weights(train_step, table, seed) for key, table in plain.items()}
     columns = {key: table.parameter.shape[1] for key, table in plain.items()}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of torch to TorchRec
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning, "torchrec")
         model = DistributedModelParallel(
             train_step,
             device=device,
