@@ -120,7 +120,9 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(undisturbed, tiny_confi
     assert outcome.metrics == undisturbed[1].metrics
 
 
-@pytest.mark.parametrize(("kind", "workers"), [("table_wise", 3), ("column_wise", 1)])
+@pytest.mark.parametrize(
+    ("kind", "workers"), [pytest.param("table_wise", 3, marks=pytest.mark.soak), ("column_wise", 1)]
+)
 def test_a_checkpoint_loads_under_another_plan_and_number_of_workers(
     undisturbed, tiny_config, tensors_of, kind, workers
 ):
@@ -133,6 +135,7 @@ def test_a_checkpoint_loads_under_another_plan_and_number_of_workers(
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.soak
 def test_a_bad_row_ends_all_workers_with_one_error(ray_cluster, tiny_data, tiny_config, tmp_path):
     data = shutil.copytree(tiny_data, tmp_path / "data")
     train = pq.read_table(data / "train.parquet")
