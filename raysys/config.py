@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib
 import inspect
@@ -130,20 +131,24 @@ def instantiate(node: Config, *args: Any, allowed: Sequence[str] | None = None, 
     """Call the class or function that `node["_target_"]` names with the node's other keys and the given arguments.
 
     Nested nodes with a `_target_` are instantiated first. allowed: see `locate`. An unknown or missing argument is a
-    `UserError`.
+    `UserError`. With `_partial_: true` the call waits for the arguments that its user gives: a `functools.partial`.
     """
     path = node.get("_target_")
     if not isinstance(path, str):
         raise UserError(f"a config node needs a _target_ that names a class, found keys {', '.join(node)}")
     target = locate(path, allowed)
-    values = {key: _instantiate_nested(value, allowed) for key, value in node.items() if key != "_target_"} | kwargs
+    given = {key: value for key, value in node.items() if key not in ("_target_", "_partial_")}
+    values = {key: _instantiate_nested(value, allowed) for key, value in given.items()} | kwargs
     known = arguments_of(target)
     for key in values:
         if known is not None and key not in known:
             others = [name for name in known if name not in kwargs][len(args) :]
             raise UserError(f"{path} has no argument {key!r}", nearest(key, others))
+    signature = inspect.signature(target)
+    if node.get("_partial_", False):
+        return functools.partial(target, *args, **values)
     try:
-        inspect.signature(target).bind(*args, **values)
+        signature.bind(*args, **values)
     except TypeError as error:
         raise UserError(f"{path}: {error}", "give it in the config node that names this _target_") from None
     return target(*args, **values)

@@ -298,3 +298,10 @@ def test_an_interrupted_job_ends_with_status_130():
     with pytest.raises(SystemExit) as caught:
         run_job(main, "train", "A job.", BASE)
     assert caught.value.code == 130
+
+
+def test_a_partial_node_waits_for_the_rest_of_its_arguments():
+    node = {"_target_": "collections.Counter", "_partial_": True, "a": 1}
+    assert instantiate(node)(b=2) == {"a": 1, "b": 2}
+    with pytest.raises(UserError, match="has no argument 'towr'"):
+        instantiate({"_target_": "raysys.models.heads.TaskTowers", "_partial_": True, "towr": [1]})

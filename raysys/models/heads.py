@@ -3,25 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from torch import Tensor, nn
 
 from raysys.models.outputs import Output
 from raysys.nn.mlp import ParallelLinear, ParallelMLP
+from raysys.schema import Label
+
+
+class Head(Protocol):
+    """What makes the module of `predict`: `TaskTowers`, a class of `raysys.models.multitask`, or a `functools.partial` of one.
+
+    The module maps the shared representation [B, inputs] to an `Output`. tower, activation and dropout are the model's.
+    """
+
+    def __call__(
+        self, labels: Sequence[Label], inputs: int, *, tower: Sequence[int], activation: str, dropout: float
+    ) -> nn.Module:
+        """The module, its weights drawn from the current generator."""
 
 
 class TaskTowers(nn.Module):
-    """A tower of the same shape for each of T tasks, all in one batched computation."""
+    """A tower of the same shape for each of T tasks, all in one batched computation.
+
+    tower: hidden widths, before the linear map to one logit.
+    """
 
     def __init__(
-        self, num_tasks: int, inputs: int, widths: Sequence[int], activation: str = "relu", dropout: float = 0.0
+        self,
+        labels: Sequence[Label],
+        inputs: int,
+        *,
+        tower: Sequence[int] = (),
+        activation: str = "relu",
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.hidden = ParallelMLP(num_tasks, inputs, widths, activation, dropout)
-        self.logits = ParallelLinear(num_tasks, self.hidden.out_features, 1)
+        self.hidden = ParallelMLP(len(labels), inputs, tower, activation, dropout)
+        self.logits = ParallelLinear(len(labels), self.hidden.out_features, 1)
 
     def forward(self, shared: Tensor) -> Output:
-        """[B, inputs] → logits [B, T] and the last layer of each tower [B, T, widths[-1]]."""
+        """[B, inputs], or [T, B, inputs] with an input for each task → logits [B, T], last layers [B, T, tower[-1]]."""
         hidden = self.hidden(shared)  # [T, B, H']
         logits = self.logits(hidden)[:, :, 0].t()  # [B, T]
         return Output(logits=logits, shared=shared, hidden=hidden.transpose(0, 1))

@@ -4,11 +4,16 @@ import pytest
 import torch
 
 from raysys.models.heads import TaskTowers
+from raysys.schema import Label
+
+
+def labels(count):
+    return [Label(f"task{number}") for number in range(count)]
 
 
 @pytest.mark.parametrize("tasks", [1, 3])
 def test_towers_equal_a_loop_over_tasks(tasks):
-    towers, shared = TaskTowers(tasks, 6, (5, 4), "silu"), torch.randn(7, 6)
+    towers, shared = TaskTowers(labels(tasks), 6, tower=(5, 4), activation="silu"), torch.randn(7, 6)
     output = towers(shared)
     assert output.logits.shape == (7, tasks)
     assert output.hidden.shape == (7, tasks, 4)
@@ -22,15 +27,22 @@ def test_towers_equal_a_loop_over_tasks(tasks):
 
 
 def test_without_widths_a_task_has_one_linear_map():
-    towers, shared = TaskTowers(2, 6, ()), torch.randn(7, 6)
+    towers, shared = TaskTowers(labels(2), 6), torch.randn(7, 6)
     output = towers(shared)
     torch.testing.assert_close(output.logits, shared @ towers.logits.weight[:, :, 0].t())
     assert torch.equal(output.hidden[:, 1], shared)
 
 
 def test_a_task_does_not_train_the_tower_of_another():
-    towers = TaskTowers(2, 6, (5,))
+    towers = TaskTowers(labels(2), 6, tower=(5,))
     towers(torch.randn(7, 6)).logits[:, 0].sum().backward()
     weight = towers.hidden.layers[0].weight
     assert weight.grad[0].abs().sum() > 0
     assert torch.equal(weight.grad[1], torch.zeros_like(weight[1]))
+
+
+def test_each_tower_may_have_an_input_of_its_own():
+    towers, shared = TaskTowers(labels(2), 6, tower=(5,)), torch.randn(7, 6)
+    together, apart = towers(shared), towers(torch.stack([shared, shared + 1]))
+    torch.testing.assert_close(apart.logits[:, 0], together.logits[:, 0])
+    torch.testing.assert_close(apart.logits[:, 1], towers(shared + 1).logits[:, 1])

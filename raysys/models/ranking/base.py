@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 from raysys.data.batch import Batch
 from raysys.errors import UserError
 from raysys.models.embeddings import Embeddings
-from raysys.models.heads import TaskTowers
+from raysys.models.heads import Head, TaskTowers
 from raysys.models.outputs import Embedded, Output
 from raysys.models.tokens import TokenStack
 from raysys.nn.random import seeded
@@ -27,18 +27,20 @@ class SharedArguments(TypedDict, total=False):
     target_attention: bool
     embedding_dropout: float
     init_scale: float | None
+    head: Head | None
     device: str
 
 
 class RankingModel(nn.Module, ABC):
-    """Tables, the token matrix of all features and one tower per task; a subclass says in `interact` what is between.
+    """Tables, the token matrix of all features and a head for all tasks; a subclass says in `interact` what is between.
 
     embedding_dim: width D of a token. bottom: hidden widths of the MLP of the dense columns. tower: hidden widths of the MLP
-    of each task, in which `dropout` acts. The other arguments are those of `Embeddings` and `TokenStack`. A model is a
-    function of its arguments: two with the same seed are equal, on every device and under every sharding plan.
+    of each task, in which `dropout` acts. head: what `predict` computes with; None is `TaskTowers`. The other arguments are
+    those of `Embeddings` and `TokenStack`. A model is a function of its arguments: two with the same seed are equal, on
+    every device and under every sharding plan.
     """
 
-    towers: TaskTowers
+    towers: nn.Module
 
     def __init__(
         self,
@@ -53,6 +55,7 @@ class RankingModel(nn.Module, ABC):
         sequence_pooling: str = "both",
         target_attention: bool = True,
         init_scale: float | None = None,
+        head: Head | None = None,
         seed: int = 0,
         device: str = "cpu",
     ) -> None:
@@ -72,12 +75,12 @@ class RankingModel(nn.Module, ABC):
                 dropout=embedding_dropout,
             )
         self._seed = seed
-        self._towers = partial(TaskTowers, len(schema.labels), widths=tower, activation=activation, dropout=dropout)
+        self._head = partial(head or TaskTowers, schema.labels, tower=tower, activation=activation, dropout=dropout)
 
     def add_towers(self, width: int) -> None:
         """Build what `predict` computes with, on a shared representation of H = width columns: the end of a constructor."""
         with seeded(self._seed, "towers"):
-            self.towers = self._towers(inputs=width)
+            self.towers = self._head(inputs=width)
 
     def embed(self, batch: Batch) -> Embedded:
         """The embedding lookup, the only step that a trainer shards."""
@@ -89,7 +92,8 @@ class RankingModel(nn.Module, ABC):
 
     def predict(self, shared: Tensor) -> Output:
         """Logits [B, T] and the towers' last layers; `Output.embedded` is left to the caller."""
-        return self.towers(shared)
+        output: Output = self.towers(shared)
+        return output
 
     def forward(self, batch: Batch) -> Output:
         """The three steps in a row."""
