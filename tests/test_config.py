@@ -11,6 +11,7 @@ import pytest
 
 from raysys.config import arguments_of, compose, fingerprint, instantiate, locate, run_job, validate
 from raysys.errors import UserError
+from raysys.schema import Label
 from raysys.train.settings import Settings, TrainerSettings, TrainSettings
 
 BASE = ["data=synthetic", "model=dlrm"]
@@ -301,7 +302,7 @@ def test_an_interrupted_job_ends_with_status_130():
 
 
 def test_a_partial_node_waits_for_the_rest_of_its_arguments():
-    node = {"_target_": "collections.Counter", "_partial_": True, "a": 1}
-    assert instantiate(node)(b=2) == {"a": 1, "b": 2}
+    node = {"_target_": "raysys.models.heads.TaskTowers", "_partial_": True, "tower": [5]}
+    assert instantiate(node)([Label("a"), Label("b")], 6).hidden.out_features == 5
     with pytest.raises(UserError, match="has no argument 'towr'"):
         instantiate({"_target_": "raysys.models.heads.TaskTowers", "_partial_": True, "towr": [1]})
