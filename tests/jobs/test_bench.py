@@ -59,6 +59,7 @@ def test_the_bare_loop_is_short_and_knows_nothing_of_raysys():
     subprocess.run([sys.executable, "-c", check], check=True, timeout=200)
 
 
+@pytest.mark.soak
 def test_the_json_says_what_was_measured_and_where(quick):
     _, content, _ = quick
     assert content["cpus"] >= 1
@@ -68,6 +69,7 @@ def test_the_json_says_what_was_measured_and_where(quick):
     assert [(row["section"], row["target"]) for row in content["rows"]] == [("sparse", 3.0), ("sparse", None)]
 
 
+@pytest.mark.soak
 def test_every_figure_is_the_median_of_the_ratios_of_its_rounds(quick):
     _, content, _ = quick
     row = content["rows"][0]
@@ -80,6 +82,7 @@ def test_every_figure_is_the_median_of_the_ratios_of_its_rounds(quick):
     assert all(rate > 0 for side in rates.values() for rate in side["turns"])
 
 
+@pytest.mark.soak
 def test_a_missed_row_has_a_profile_and_a_met_one_none(quick):
     folder, content, output = quick
     for row in content["rows"]:

@@ -128,7 +128,7 @@ def forget(loop):
             value.fill_(torch.nan)
 
 
-@pytest.mark.parametrize("optimizer", ["adagrad", "rowwise_adagrad"])
+@pytest.mark.parametrize("optimizer", ["adagrad", pytest.param("rowwise_adagrad", marks=pytest.mark.soak)])
 def test_every_layout_loads_what_every_other_saved(gloo, tiny_config, tmp_path, optimizer):
     kinds = [kind for kind in TYPES if not (kind == "CW" and optimizer == "rowwise_adagrad")]
     layouts = {
