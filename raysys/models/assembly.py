@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,23 @@ class Assembly(nn.Module):
     It holds no table: the tracer of TorchRec's pipelines takes it as one step.
 
     in_ids: the tables that return one vector per id.
+    keys: what each feature is called in what the collections return, `feature@table` where several tables look it up.
     """
 
-    def __init__(self, schema: FeatureSchema, embedding_dim: int, in_ids: set[str], use_sequences: bool) -> None:
+    def __init__(
+        self,
+        schema: FeatureSchema,
+        embedding_dim: int,
+        in_ids: set[str],
+        use_sequences: bool,
+        keys: Mapping[str, str],
+    ) -> None:
         super().__init__()
         self.embedding_dim = embedding_dim
+        self.keys = dict(keys)
         self.names = tuple(feature.name for feature in schema.sparse)
         self.pooled_here = [feature for feature in schema.sparse if feature.table in in_ids]
+        self.pooled_there = [feature.name for feature in schema.sparse if feature.table not in in_ids]
         self.sequences = schema.sequences if use_sequences else ()
         self.tables = {feature.name: feature.table for feature in schema.sparse}
         for sequence in self.sequences:
@@ -45,7 +55,7 @@ class Assembly(nn.Module):
         dense: Tensor,
     ) -> Embedded:
         """What the bag collections and the id collections returned, and the weights of bags that are pooled here."""
-        vectors = {name: jagged for collection in ids for name, jagged in collection.items()}
+        vectors = {key: jagged for collection in ids for key, jagged in collection.items()}
         return Embedded(self._tokens(pooled, vectors, weighted, dense), self.names, self._sequences(vectors), dense)
 
     def _tokens(
@@ -60,10 +70,11 @@ class Assembly(nn.Module):
             return dense.new_zeros(dense.shape[0], 0, self.embedding_dim)
         if not self.projections and not self.pooled_here and len(pooled) == 1 and tuple(pooled[0].keys()) == self.names:
             return pooled[0].values().unflatten(1, (len(self.names), self.embedding_dim))
-        columns = {name: column for tensor in pooled for name, column in tensor.to_dict().items()}  # [B, width] each
+        found = {key: column for tensor in pooled for key, column in tensor.to_dict().items()}  # [B, width] each
+        columns = {name: found[self.keys[name]] for name in self.pooled_there}
         for feature in self.pooled_here:
             weights = weighted[feature.name].weights() if weighted is not None and feature.weights else None
-            jagged = vectors[feature.name]
+            jagged = vectors[self.keys[feature.name]]
             columns[feature.name] = pool(jagged.values(), jagged.offsets(), weights, feature.pooling == "mean")
         for projection in self.projections.values():
             columns |= projection(columns)
@@ -73,10 +84,10 @@ class Assembly(nn.Module):
         """[B, L, D] and mask [B, L] of each sequence: the sum of its features' embeddings at width D."""
         found = {}
         for sequence in self.sequences:
-            first = vectors[sequence.features[0].name]
+            first = vectors[self.keys[sequence.features[0].name]]
             values = torch.zeros((), device=first.values().device)
             for feature in sequence.features:
-                values = values + self._project(feature.name, vectors[feature.name].values())  # [N, D]
+                values = values + self._project(feature.name, vectors[self.keys[feature.name]].values())  # [N, D]
             padded = pad(values, first.offsets(), sequence.max_length)
             found[sequence.name] = (padded, length_mask(first.lengths(), sequence.max_length))
         return found

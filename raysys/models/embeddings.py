@@ -2,25 +2,118 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
-from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig, EmbeddingConfig, PoolingType
-from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+from torchrec.modules.embedding_modules import (
+    EmbeddingBagCollection,
+    EmbeddingCollection,
+    get_embedding_names_by_table,
+)
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from raysys.data.batch import Batch
-from raysys.errors import UserError
 from raysys.models.assembly import Assembly
 from raysys.models.outputs import Embedded
+from raysys.models.table_sets import TableSet
 from raysys.nn.random import hash64, seeded
-from raysys.schema import FeatureSchema, SequenceFeature, SparseFeature, Table
+from raysys.schema import FeatureSchema
+
+Found = tuple[list[KeyedTensor], list[dict[str, JaggedTensor]], KeyedJaggedTensor | None]
+"""What the bag collections and the id collections returned, and the weights of bags that are pooled by the model."""
 
 
-class Embeddings(nn.Module):
-    """All tables of a model, looked up and brought to tokens of width `embedding_dim`.
+class Tables(nn.Module):
+    """The tables of one model, or of all members of an ensemble, looked up at once: a collection of each kind for all.
 
     A table lives in `bags` (or `weighted_bags`), where TorchRec pools, unless a sequence looks it up as well, or its bags
-    differ in pooling or in having weights: then it lives in `ids_<width>`, which gives one vector per id, and is pooled here.
+    differ in pooling or in having weights: then it lives in `ids_<width>`, which gives one vector per id, and is pooled by
+    an `Assembly`.
+
+    device: of the tables; "meta" makes them without memory, for a trainer that fills their shards.
+    """
+
+    def __init__(self, sets: Sequence[TableSet], device: str = "cpu") -> None:
+        super().__init__()
+        self.sets = tuple(sets)
+        homes = {home for part in sets for home in part.homes.values()}
+        self.id_collections = sorted(home for home in homes if home.startswith("ids_"))
+        with seeded(sets[0].seed, "tables"):  # TorchRec draws weights for them that are overwritten
+            self.bags = self._bag_collection("bags", device)
+            self.weighted_bags = self._bag_collection("weighted_bags", device)
+            for name in self.id_collections:
+                configs = [config for part in sets for config in part.id_configs(name)]
+                self.add_module(name, EmbeddingCollection(configs, device=torch.device(device)))
+        wanted = {name for part in sets for name in part.id_sources}
+        self.id_sources = [name for name in ("sparse", "weighted", "sequences") if name in wanted]
+        self.joined_ids = JoinedIds()
+        if device != "meta":
+            self.initialize()
+
+    def look_up(self, batch: Batch) -> Found:
+        """One call of each collection.
+
+        TorchRec's pipelines trace this: besides calls of modules on the batch's attributes nothing may depend on the batch.
+        """
+        pooled, ids, weighted = [], [], None
+        if self.bags is not None:
+            pooled.append(self.bags(batch.sparse))
+        if self.weighted_bags is not None:
+            pooled.append(self.weighted_bags(batch.weighted))
+        if self.id_collections:
+            sources = [getattr(batch, name) for name in self.id_sources]
+            joined = sources[0] if len(sources) == 1 else self.joined_ids(*sources)
+            ids = [getattr(self, name)(joined) for name in self.id_collections]
+            weighted = batch.weighted if "weighted" in self.id_sources else None
+        return pooled, ids, weighted
+
+    def make_assembly(self, part: TableSet, embedding_dim: int, seed: int, use_sequences: bool) -> Assembly:
+        """What brings the features of a set to tokens of width `embedding_dim`, with or without its sequences."""
+        returned = {
+            (config.name, feature): name
+            for configs in self._configs()
+            for config, names in zip(configs, get_embedding_names_by_table(configs), strict=True)
+            for feature, name in zip(config.feature_names, names, strict=True)
+        }
+        keys = {feature.name: returned[part.prefix + feature.table, feature.name] for feature in part.features}
+        with seeded(seed, "projections"):
+            return Assembly(part.schema, embedding_dim, part.in_ids, use_sequences, keys)
+
+    def configs(self) -> dict[str, BaseEmbeddingConfig]:
+        """TorchRec's config of each table, by table."""
+        return {config.name: config for configs in self._configs() for config in configs}
+
+    def initial(self, name: str) -> tuple[str, int, float]:
+        """What decides the initial weights of a table: the name that is hashed with the seed, and the bound ± of uniform ones."""
+        part = next(part for part in self.sets if name in {part.prefix + table for table in part.homes})
+        table = part.schema.table(name.removeprefix(part.prefix))
+        return table.name, part.seed, table.num_embeddings**-0.5 if part.init_scale is None else part.init_scale
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Fill the tables with their initial weights; shards are filled by their trainer with `fill_initial_weights`."""
+        for path, module in self.named_modules():
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+                name, seed, bound = self.initial(path.rpartition(".")[2])
+                fill_initial_weights(module.weight, name, seed, 0, 0, module.embedding_dim, bound)
+
+    def _bag_collection(self, home: str, device: str) -> EmbeddingBagCollection | None:
+        configs = [config for part in self.sets for config in part.bag_configs(home)]
+        if not configs:
+            return None
+        return EmbeddingBagCollection(configs, is_weighted=home == "weighted_bags", device=torch.device(device))
+
+    def _configs(self) -> list[list[BaseEmbeddingConfig]]:
+        """The configs of each collection."""
+        bags = [bags.embedding_bag_configs() for bags in (self.bags, self.weighted_bags) if bags is not None]
+        return bags + [getattr(self, name).embedding_configs() for name in self.id_collections]
+
+
+class Embeddings(Tables):
+    """All tables of a model, looked up and brought to tokens of width `embedding_dim`.
+
     A table whose width is not `embedding_dim` has a matrix that projects its embeddings.
 
     embedding_dim: the width D of a token; tables keep their own width.
@@ -39,61 +132,13 @@ class Embeddings(nn.Module):
         init_scale: float | None = None,
         use_sequences: bool = True,
     ) -> None:
-        super().__init__()
-        _check(schema)
-        self.embedding_dim, self.seed, self.init_scale = embedding_dim, seed, init_scale
-        homes = _homes(schema, use_sequences)
-        with seeded(seed, "tables"):  # TorchRec draws weights for them that are overwritten
-            self.bags = _bag_collection(schema, homes, "bags", device)
-            self.weighted_bags = _bag_collection(schema, homes, "weighted_bags", device)
-            self.id_collections = sorted({home for home in homes.values() if home.startswith("ids_")})
-            for name in self.id_collections:
-                self.add_module(name, _id_collection(schema, homes, name, device, use_sequences))
-        in_ids = {table for table, home in homes.items() if home.startswith("ids_")}
-        self.id_sources = _id_sources(schema, in_ids, use_sequences)
-        self.joined_ids = JoinedIds()
-        with seeded(seed, "projections"):
-            self.assembly = Assembly(schema, embedding_dim, in_ids, use_sequences)
-        if device != "meta":
-            self.initialize()
+        super().__init__([TableSet(schema, seed, init_scale, use_sequences)], device)
+        self.embedding_dim = embedding_dim
+        self.assembly = self.make_assembly(self.sets[0], embedding_dim, seed, use_sequences)
 
     def forward(self, batch: Batch) -> Embedded:
-        """Tokens [B, F, D] in the order of `schema.sparse`, sequences at width D, and the dense columns.
-
-        TorchRec's pipelines trace this: besides calls of modules on the batch's attributes nothing may depend on the batch.
-        """
-        pooled, ids, weighted = [], [], None
-        if self.bags is not None:
-            pooled.append(self.bags(batch.sparse))
-        if self.weighted_bags is not None:
-            pooled.append(self.weighted_bags(batch.weighted))
-        if self.id_collections:
-            sources = [getattr(batch, name) for name in self.id_sources]
-            joined = sources[0] if len(sources) == 1 else self.joined_ids(*sources)
-            ids = [getattr(self, name)(joined) for name in self.id_collections]
-            weighted = batch.weighted if "weighted" in self.id_sources else None
-        return self.assembly(pooled, ids, weighted, batch.dense)
-
-    def configs(self) -> dict[str, BaseEmbeddingConfig]:
-        """TorchRec's config of each table, by table."""
-        found: list[BaseEmbeddingConfig] = []
-        for bags in (self.bags, self.weighted_bags):
-            found += bags.embedding_bag_configs() if bags is not None else []
-        for name in self.id_collections:
-            found += getattr(self, name).embedding_configs()
-        return {config.name: config for config in found}
-
-    def bound(self, table: str) -> float:
-        """The initial weights of a table are uniform in ± this."""
-        return self.configs()[table].num_embeddings ** -0.5 if self.init_scale is None else self.init_scale
-
-    @torch.no_grad()
-    def initialize(self) -> None:
-        """Fill the tables with their initial weights; shards are filled by their trainer with `fill_initial_weights`."""
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-                table = name.rpartition(".")[2]
-                fill_initial_weights(module.weight, table, self.seed, 0, 0, module.embedding_dim, self.bound(table))
+        """Tokens [B, F, D] in the order of `schema.sparse`, sequences at width D, and the dense columns."""
+        return self.assembly(*self.look_up(batch), batch.dense)
 
 
 class JoinedIds(nn.Module):
@@ -147,91 +192,3 @@ def _splitmix64(counter: Tensor, key: int) -> Tensor:
 def _signed(number: int) -> int:
     """The same 64 bits as a signed number."""
     return number - (1 << 64) if number >= 1 << 63 else number
-
-
-def _check(schema: FeatureSchema) -> None:
-    for feature in schema.weighted:
-        if feature.pooling == "mean":
-            raise UserError(
-                f"{schema.source}: feature {feature.name!r} has weights and pooling 'mean'",
-                "weighted bags are summed: set pooling to 'sum' and divide the weights by their total",
-            )
-    for table in schema.tables:
-        # TorchRec keeps a table as a sub-module of its name.
-        if "." in table.name or hasattr(nn.ModuleDict, table.name):
-            raise UserError(
-                f"{schema.source}: a table cannot be named {table.name!r}",
-                "torch does not take it as the name of a module: rename the table",
-            )
-
-
-def _homes(schema: FeatureSchema, use_sequences: bool) -> dict[str, str]:
-    """The attribute of `Embeddings` that holds each table."""
-    in_sequences = {feature.table for feature in schema.sequence_features} if use_sequences else set()
-    homes: dict[str, str] = {}
-    for table in schema.tables:
-        features = [feature for feature in schema.sparse if feature.table == table.name]
-        weighted = {feature.weights is not None for feature in features}
-        if table.name in in_sequences or len(weighted) > 1 or len(_poolings(features)) > 1:
-            homes[table.name] = f"ids_{table.embedding_dim}"
-        elif features:
-            homes[table.name] = "weighted_bags" if weighted == {True} else "bags"
-    return homes
-
-
-def _poolings(features: list[SparseFeature]) -> set[str]:
-    """How the bags are pooled; a single id has the same sum and mean."""
-    return {feature.pooling for feature in features if feature.max_length > 1}
-
-
-def _tables(schema: FeatureSchema, homes: dict[str, str], home: str) -> list[Table]:
-    return [table for table in schema.tables if homes.get(table.name) == home]
-
-
-def _bag_collection(
-    schema: FeatureSchema, homes: dict[str, str], home: str, device: str
-) -> EmbeddingBagCollection | None:
-    configs = []
-    for table in _tables(schema, homes, home):
-        features = [feature for feature in schema.sparse if feature.table == table.name]
-        configs.append(
-            EmbeddingBagConfig(
-                name=table.name,
-                num_embeddings=table.num_embeddings,
-                embedding_dim=table.embedding_dim,
-                feature_names=[feature.name for feature in features],
-                pooling=PoolingType.MEAN if _poolings(features) == {"mean"} else PoolingType.SUM,
-                init_fn=nn.init.zeros_,
-            )
-        )
-    if not configs:
-        return None
-    return EmbeddingBagCollection(configs, is_weighted=home == "weighted_bags", device=torch.device(device))
-
-
-def _id_collection(
-    schema: FeatureSchema, homes: dict[str, str], home: str, device: str, use_sequences: bool
-) -> EmbeddingCollection:
-    features: list[SparseFeature | SequenceFeature] = list(schema.sparse)
-    features += schema.sequence_features if use_sequences else ()
-    configs = [
-        EmbeddingConfig(
-            name=table.name,
-            num_embeddings=table.num_embeddings,
-            embedding_dim=table.embedding_dim,
-            feature_names=[feature.name for feature in features if feature.table == table.name],
-            init_fn=nn.init.zeros_,
-        )
-        for table in _tables(schema, homes, home)
-    ]
-    return EmbeddingCollection(configs, device=torch.device(device))
-
-
-def _id_sources(schema: FeatureSchema, in_ids: set[str], use_sequences: bool) -> list[str]:
-    """The attributes of a batch that hold ids of these tables."""
-    users: dict[str, tuple[SparseFeature, ...] | tuple[SequenceFeature, ...]] = {
-        "sparse": schema.unweighted,
-        "weighted": schema.weighted,
-        "sequences": schema.sequence_features if use_sequences else (),
-    }
-    return [name for name, features in users.items() if any(feature.table in in_ids for feature in features)]

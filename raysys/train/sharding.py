@@ -9,7 +9,7 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel, get_unwrapped_module
 from torchrec.distributed.types import ShardingPlan
 
-from raysys.models.embeddings import Embeddings, fill_initial_weights
+from raysys.models.embeddings import Tables, fill_initial_weights
 from raysys.train.dense_parallel import DenseParallel, dense_wrapper
 from raysys.train.optimizers import OptimizerSettings
 from raysys.train.sharders import table_sharders
@@ -28,7 +28,7 @@ def shard(
 ) -> DistributedModelParallel:
     """Shard a model with tables on the meta device by `plan` (collective; a process group of one rank will do).
 
-    Every table gets the same initial weights under every plan: those of its `Embeddings`, or, in a collection of the
+    Every table gets the same initial weights under every plan: those of its `Tables`, or, in a collection of the
     user's own, uniform ones within TorchRec's bounds from `seed`. The dense part starts from rank 0's. Torch's random
     generators go on as if nothing had been drawn.
     """
@@ -61,6 +61,6 @@ def unwrap(model: DistributedModelParallel) -> TrainStep:
 def initial_weights(train_step: TrainStep, table: TableRef, seed: int) -> tuple[str, int, float]:
     """Name, seed and bound that decide the initial weights of a table."""
     owner = train_step.get_submodule(table.path.rpartition(".")[0])
-    if isinstance(owner, Embeddings):
-        return table.name, owner.seed, owner.bound(table.name)
+    if isinstance(owner, Tables):
+        return owner.initial(table.name)
     return table.name, seed, table.config.get_weight_init_max()

@@ -241,6 +241,6 @@ def test_meta_tables_take_no_memory_and_leave_the_rest_as_it_is(schema):
 
 
 def test_init_scale(schema):
-    assert Embeddings(schema, D).bound("user") == 20**-0.5
+    assert Embeddings(schema, D, seed=3).initial("user") == ("user", 3, 20**-0.5)
     embeddings = Embeddings(schema, D, init_scale=0.01)
     assert 0.005 < table_of(embeddings, "item").abs().max() < 0.01
