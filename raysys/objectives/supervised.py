@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,18 @@ class Ranker(Protocol):
 
     def predict(self, shared: Tensor) -> Output:
         """Logits [B, T] and what else the heads give."""
+
+
+class TaskLosses(NamedTuple):
+    """per_task: [T], this rank's share of each task's loss. labelled: [T], the summed weight of all ranks' labelled rows.
+
+    counted: [B], 0 for this rank's rows of padding, else 1. num_rows: its sum over all ranks.
+    """
+
+    per_task: Tensor
+    labelled: Tensor
+    counted: Tensor
+    num_rows: Tensor
 
 
 class Supervised(nn.Module):
@@ -55,18 +67,33 @@ class Supervised(nn.Module):
         The parts are this rank's share, like the loss: their average over ranks is the value on the joint batch.
         """
         output = model.predict(model.interact(embedded))
-        losses = self._row_losses(output.logits.float(), batch.labels)  # [B, T]
-        weight = batch.weight * batch.label_mask
-        counted = (batch.weight > 0).any(1).float()  # [B], 0 for padding
-        totals = global_sum(torch.cat([weight.sum(0), counted.sum()[None]]))  # [T + 1]
-        per_task = world_size() * (weight * losses).sum(0) / _or_one(totals[:-1])  # [T]
-        parts = {label.name: part for label, part in zip(self.labels, per_task.detach().unbind(), strict=True)}
-        loss = torch.stack([self.task_weights[i] * part for i, part in enumerate(per_task.unbind())]).sum()
-        if self.embedding_l2 > 0:
-            squares = (counted * squared_norms(embedded)).sum()  # not a matmul, which autocast would do in bfloat16
-            penalty = 0.5 * self.embedding_l2 * world_size() * squares / _or_one(totals[-1])
-            loss, parts["embedding_l2"] = loss + penalty, penalty.detach()
+        losses = self.task_losses(output.logits, batch)
+        loss, parts = self.add_up(self.weighted(losses), losses, embedded)
         return loss, output, parts
+
+    def task_losses(self, logits: Tensor, batch: Batch) -> TaskLosses:
+        """Each task's mean loss over the joint batch, this rank's share of it (collective)."""
+        rows = self._row_losses(logits.float(), batch.labels)  # [B, T]
+        weight = batch.weight * batch.label_mask
+        counted = (batch.weight > 0).any(1).float()  # [B]
+        totals = global_sum(torch.cat([weight.sum(0), counted.sum()[None]]))  # [T + 1]
+        per_task = world_size() * (weight * rows).sum(0) / _or_one(totals[:-1])  # [T]
+        return TaskLosses(per_task, totals[:-1], counted, totals[-1])
+
+    def weighted(self, losses: TaskLosses) -> Tensor:
+        """The sum over tasks of task weight times loss."""
+        return torch.stack([self.task_weights[i] * part for i, part in enumerate(losses.per_task.unbind())]).sum()
+
+    def add_up(self, loss: Tensor, losses: TaskLosses, embedded: Embedded) -> tuple[Tensor, dict[str, Tensor]]:
+        """The tasks' `loss` with the regulariser, and the parts."""
+        parts = {label.name: part for label, part in zip(self.labels, losses.per_task.detach().unbind(), strict=True)}
+        if self.embedding_l2 > 0:
+            squares = (
+                losses.counted * squared_norms(embedded)
+            ).sum()  # not a matmul, which autocast would do in bfloat16
+            penalty = 0.5 * self.embedding_l2 * world_size() * squares / _or_one(losses.num_rows)
+            loss, parts["embedding_l2"] = loss + penalty, penalty.detach()
+        return loss, parts
 
     def _row_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss of each row and task [B, T]: cross-entropy in nats or squared error."""
