@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from raysys.errors import UserError, nearest
+from raysys.train.apollo import Apollo, LowRank
+from raysys.train.dense_parallel import DenseParallel
 from raysys.train.schedules import Schedule
 from raysys.train.sparse_optimizers import SparseOptimizer
 from raysys.train.tables import TableRef, TableValue, find_tables, table_weights
@@ -23,19 +25,36 @@ from raysys.train.tables import TableRef, TableValue, find_tables, table_weights
 
 @dataclass(frozen=True)
 class DenseOptimizer:
-    """The optimiser of everything that is not an embedding table. betas: adam and adamw; eps: all but sgd.
+    """The optimiser of everything that is not an embedding table. betas: all but adagrad and sgd; eps: all but sgd.
 
-    weight_decay: decoupled for adamw, an L2 term for the others.
+    weight_decay: decoupled for adamw, apollo and apollo_mini, an L2 term for the others. low_rank: of apollo and apollo_mini.
     """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
 
-    name: Literal["adamw", "adam", "adagrad", "sgd"] = "adam"
+    name: Literal["adamw", "adam", "adagrad", "sgd", "apollo", "apollo_mini"] = "adam"
     lr: NonNegativeFloat = 1e-3
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
     betas: tuple[NonNegativeFloat, NonNegativeFloat] = (0.9, 0.999)
+    low_rank: LowRank = field(default_factory=LowRank)
     schedule: Schedule = field(default_factory=Schedule)
+
+    def check(self, dense_parallel: DenseParallel) -> None:
+        """Raise UserError for what does not go together, before a worker starts."""
+        if not self.name.startswith("apollo"):
+            return
+        if dense_parallel != "ddp":
+            raise UserError(
+                f"train.optimizers.dense.name is {self.name!r}, which needs whole matrices, and "
+                f"train.sharding.dense_parallel is {dense_parallel!r}",
+                "train.sharding.dense_parallel=ddp, or adamw",
+            )
+        if self.name == "apollo_mini" and self.low_rank.rank not in (None, 1):
+            raise UserError(
+                f"train.optimizers.dense.low_rank.rank is {self.low_rank.rank}, and apollo_mini has rank 1",
+                "leave it null, or take apollo",
+            )
 
     def build(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         """The optimiser, with its whole state made: what is made in the first step only cannot be loaded into."""
@@ -43,6 +62,9 @@ class DenseOptimizer:
             return torch.optim.SGD(parameters, lr=self.lr, weight_decay=self.weight_decay)
         if self.name == "adagrad":
             return torch.optim.Adagrad(parameters, lr=self.lr, eps=self.eps, weight_decay=self.weight_decay)
+        if self.name in ("apollo", "apollo_mini"):
+            mini = self.name == "apollo_mini"
+            return Apollo(parameters, self.lr, self.betas, self.eps, self.weight_decay, self.low_rank, mini)
         kind = torch.optim.AdamW if self.name == "adamw" else torch.optim.Adam
         optimizer = kind(
             parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=True

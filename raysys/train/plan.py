@@ -89,6 +89,7 @@ def plan_tables(
     Raises UserError for impossible wishes and for tables that do not fit, naming the table and the key to change.
     """
     optimizers.sparse.check(device)
+    optimizers.dense.check(settings.dense_parallel)
     local = local_world_size or world_size
     tables = find_tables(train_step)
     memory = _memory(device, local, settings)
