@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from raysys.errors import UserError
 from raysys.models.heads import TaskTowers
 from raysys.schema import Label
 
@@ -46,3 +47,18 @@ def test_each_tower_may_have_an_input_of_its_own():
     together, apart = towers(shared), towers(torch.stack([shared, shared + 1]))
     torch.testing.assert_close(apart.logits[:, 0], together.logits[:, 0])
     torch.testing.assert_close(apart.logits[:, 1], towers(shared + 1).logits[:, 1])
+
+
+def test_split_towers_see_one_part_each():
+    towers, shared = TaskTowers(labels(3), 12, tower=(5,), split=True), torch.randn(7, 12)
+    output = towers(shared)
+    assert output.shared is shared
+    apart = towers.hidden(torch.stack(shared.chunk(3, 1)))
+    torch.testing.assert_close(output.hidden, apart.transpose(0, 1))
+
+
+def test_split_towers_need_a_part_for_each_task():
+    with pytest.raises(UserError) as caught:
+        TaskTowers(labels(2), 7, split=True)
+    assert caught.value.message == "split towers of 2 tasks on a shared representation of 7 columns"
+    assert caught.value.hint == "it needs a part for each task: use model/head=towers"
