@@ -18,7 +18,7 @@ POOLINGS = ("mean", "attention", "both", "none")
 
 
 class TokenStack(nn.Module):
-    """The dense token, one token per sparse feature, then the pooled sequences.
+    """The dense token (or several, after `split_dense`), one token per sparse feature, then the pooled sequences.
 
     names: what each token is; their order belongs to a checkpoint.
     bottom: hidden widths of the MLP that makes the dense token from the dense columns.
@@ -39,6 +39,7 @@ class TokenStack(nn.Module):
         dropout: float,
     ) -> None:
         super().__init__()
+        self.dim = dim
         if sequence_pooling not in POOLINGS:
             raise UserError(f"unknown sequence_pooling {sequence_pooling!r}", nearest(sequence_pooling, POOLINGS))
         names = [feature.name for feature in schema.sparse]
@@ -62,9 +63,17 @@ class TokenStack(nn.Module):
         self.names = tuple(names)
         self.dropout = nn.Dropout(dropout)
 
+    def split_dense(self, count: int) -> None:
+        """Make `count` tokens of the dense columns instead of one: for a constructor, the last map is drawn anew."""
+        if self.dense is not None and count > 1:
+            last = self.dense[-1]
+            assert isinstance(last, nn.Linear)
+            self.dense[-1] = linear(last.in_features, count * self.dim)
+            self.names = (*(f"dense.{number}" for number in range(count)), *self.names[1:])
+
     def forward(self, embedded: Embedded) -> Tensor:
         """[B, m, D], m = len(names)."""
-        tokens = [] if self.dense is None else [self.dense(embedded.dense)[:, None]]
+        tokens = [] if self.dense is None else [self.dense(embedded.dense).unflatten(1, (-1, self.dim))]
         tokens.append(embedded.tokens)
         for place, name in enumerate(self.sequences):
             sequence, mask = embedded.sequences[name]
