@@ -1,0 +1,69 @@
+"""AutoInt: self-attention between the tokens (Song et al. 2019, arXiv 1810.11921)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from raysys.errors import UserError
+from raysys.models.outputs import Embedded
+from raysys.models.ranking.base import RankingModel, SharedArguments
+from raysys.nn.mlp import MLP
+from raysys.nn.random import seeded
+from raysys.nn.token_attention import InteractingLayer
+from raysys.schema import FeatureSchema
+
+
+class AutoInt(RankingModel):
+    """z = w^T vec(X') with X' the tokens after `layers` interacting layers; AutoInt+ adds the logit of an MLP on vec(X).
+
+    heads, head_dim: of each layer, whose tokens have heads · head_dim columns. scaled: divide scores by √head_dim.
+    deep: widths of the MLP of AutoInt+; none for AutoInt. With the default `tower`, none, a task's logit is linear in both
+    parts: the sum of their two logits. dropout: of the attention's weights, in the MLP and in the towers.
+    The default sizes are the paper's, from memory. The other arguments are those of `RankingModel`.
+    """
+
+    def __init__(
+        self,
+        schema: FeatureSchema,
+        *,
+        embedding_dim: int = 16,
+        layers: int = 3,
+        heads: int = 2,
+        head_dim: int = 32,
+        scaled: bool = False,
+        deep: Sequence[int] = (),
+        tower: Sequence[int] = (),
+        activation: str = "relu",
+        dropout: float = 0.0,
+        seed: int = 0,
+        **shared: Unpack[SharedArguments],
+    ) -> None:
+        super().__init__(
+            schema,
+            embedding_dim=embedding_dim,
+            tower=tower,
+            activation=activation,
+            dropout=dropout,
+            seed=seed,
+            **shared,
+        )
+        for key, value in {"layers": layers, "heads": heads, "head_dim": head_dim}.items():
+            if value < 1:
+                raise UserError(f"{key} is {value}", "at least 1 is expected")
+        num_tokens, widths = len(self.tokens.names), [embedding_dim] + [heads * head_dim] * (layers - 1)
+        with seeded(seed, "interactions"):
+            self.layers = nn.Sequential(
+                *(InteractingLayer(width, heads, head_dim, scaled, dropout) for width in widths)
+            )
+            self.deep = MLP(num_tokens * embedding_dim, deep, activation, dropout) if deep else None
+        self.add_towers(num_tokens * heads * head_dim + (self.deep.out_features if self.deep is not None else 0))
+
+    def interact(self, embedded: Embedded) -> Tensor:
+        """[B, H]: the tokens of the last layer side by side, and beside them the deep part of AutoInt+."""
+        x = self.tokens(embedded)  # [B, m, D]
+        attended: Tensor = self.layers(x).flatten(1)
+        return attended if self.deep is None else torch.cat([attended, self.deep(x.flatten(1))], 1)
