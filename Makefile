@@ -1,6 +1,6 @@
 # `make` lists what there is. Every target sets up .venv first where that is missing or out of date.
 .DEFAULT_GOAL := help
-.PHONY: help setup train test soak bench lint doctor lock
+.PHONY: help setup train test soak bench results lint doctor lock
 
 PYTHON ?= python3
 VENV := .venv/bin/python
@@ -24,6 +24,9 @@ soak: setup ## Run the tests that train or kill things, and write a record to do
 
 bench: setup ## Measure throughput against the bare loop
 	$(VENV) jobs/bench.py $(ARGS)
+
+results: setup ## Train what the comparison of models lacks and write docs/results.md
+	$(VENV) jobs/compare.py $(ARGS)
 
 lint: setup ## Check style and types
 	$(VENV) -m ruff check .
