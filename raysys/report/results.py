@@ -43,6 +43,17 @@ class Run:
     bayes: dict[str, float] = field(default_factory=dict)
     """NE of the true probabilities on the test split by task, where the data is made."""
 
+    @property
+    def tasks(self) -> list[str]:
+        """The binary tasks of the data set."""
+        return [task for task, values in self.metrics["test"].items() if values.get("auc") is not None]
+
+    @property
+    def score(self) -> float:
+        """What trials are chosen by: the validation NE of `task`, or its mean over the tasks where that is "all"."""
+        tasks = self.tasks if self.task == "all" else [self.task]
+        return mean(self.value("valid", task, "ne") for task in tasks)
+
     def value(self, split: str, task: str, metric: str) -> float:
         """A metric; NaN where it is undefined."""
         found = self.metrics[split][task][metric]
@@ -60,7 +71,7 @@ def chosen_trial(runs: Sequence[Run]) -> int:
     """The trial of a model whose validation NE is best; `runs`: one for each trial, all with one seed."""
     if not runs:
         raise UserError("a comparison without trials", "give at least one in `trials`")
-    return min(runs, key=lambda run: run.value("valid", run.task, "ne")).trial
+    return min(runs, key=lambda run: run.score).trial
 
 
 def write_page(page: Path, records: Path) -> None:
@@ -93,9 +104,8 @@ def selected(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 def _contest(runs: Sequence[Run], plot: Path, page: Path) -> str:
     by_model = selected(runs)
-    tasks = [task for task, values in runs[0].metrics["test"].items() if values.get("auc") is not None]
     parts = [f"### {runs[0].comparison}: {runs[0].set}"]
-    for task in tasks:
+    for task in runs[0].tasks:
         bayes = runs[0].bayes.get(task)
         head = f"Task `{task}`, baseline {runs[0].baseline}" + (
             f", NE of the true probability {bayes:.4f}" if bayes else ""
@@ -150,7 +160,7 @@ def _difference(found: list[list[float] | None]) -> str:
 def _plot(runs: Sequence[Run], file: Path) -> Path:
     """Each model's NE difference to the baseline on the first task, a dot a seed and the mean interval."""
     mpl.rcParams["svg.hashsalt"] = "raysys"  # the same bytes for the same records
-    task = runs[0].task
+    task = runs[0].tasks[0] if runs[0].task == "all" else runs[0].task
     others: dict[str, list[Any]] = {
         model: [entry for run in own if (entry := run.versus.get(task, {}).get("ne"))]
         for model, own in selected(runs).items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from raysys.errors import UserError, nearest
@@ -11,15 +12,19 @@ from raysys.schema import FeatureSchema
 from raysys.train.checkpoint import checkpoint_path
 from raysys.train.settings import EarlyStopping
 
+ALL_TASKS = "all"
+_METRICS = {"binary": ("ne", "log_loss", "auc", "gauc"), "regression": ("rmse", "mae")}
+
 
 class BestSoFar:
-    """Watches one metric of the validation split. Without settings nothing is watched and nothing stops."""
+    """Watches one metric of the validation split, of one task or its mean over all tasks that have it.
+
+    Without settings nothing is watched and nothing stops.
+    """
 
     def __init__(self, settings: EarlyStopping | None, schema: FeatureSchema) -> None:
         self.settings = settings
-        self.task = settings.task if settings and settings.task else schema.tasks[0]
-        if settings is not None:
-            _check(settings.metric, self.task, schema)
+        self.tasks = _tasks(settings, schema) if settings is not None else []
         self.step: int | None = None
         self.value = math.nan
         self.stale = 0
@@ -31,7 +36,7 @@ class BestSoFar:
         self.evaluated = step
         if self.settings is None:
             return False
-        value = tasks[self.task][self.settings.metric]
+        value = mean(tasks[task][self.settings.metric] for task in self.tasks)
         gain = value - self.value if self.settings.larger_is_better else self.value - value
         better = not math.isnan(value) and (self.step is None or gain > 0)
         if better:
@@ -60,17 +65,23 @@ class BestSoFar:
         self.value = math.nan if state["value"] is None else state["value"]
 
 
-def _check(metric: str, task: str, schema: FeatureSchema) -> None:
-    if task not in schema.tasks:
-        raise UserError(f"train.early_stopping.task {task!r} is no label", nearest(task, schema.tasks))
-    kind = next(label.kind for label in schema.labels if label.name == task)
-    known = ("rmse", "mae") if kind == "regression" else ("ne", "log_loss", "auc", "gauc")
-    if metric not in known:
+def _tasks(settings: EarlyStopping, schema: FeatureSchema) -> list[str]:
+    """The tasks whose metric is watched; a UserError where there is none that has it."""
+    metric, wanted = settings.metric, settings.task or schema.tasks[0]
+    kinds = {label.name: label.kind for label in schema.labels if wanted in (label.name, ALL_TASKS)}
+    if not kinds:
         raise UserError(
-            f"train.early_stopping.metric is {metric!r}, which the {kind} task {task!r} does not have",
-            f"take one of: {', '.join(known)}",
+            f"train.early_stopping.task {wanted!r} is no label", nearest(wanted, [*schema.tasks, ALL_TASKS])
+        )
+    found = [name for name, kind in kinds.items() if metric in _METRICS[kind]]
+    if not found:
+        name, kind = next(iter(kinds.items()))
+        raise UserError(
+            f"train.early_stopping.metric is {metric!r}, which the {kind} task {name!r} does not have",
+            f"take one of: {', '.join(_METRICS[kind])}",
         )
     if metric == "gauc" and schema.group_id is None:
         raise UserError(
             "train.early_stopping.metric is 'gauc', but the schema has no group_id", "name one, or take 'auc'"
         )
+    return found

@@ -18,7 +18,10 @@ Pipeline = Literal["auto", "base", "sparse_dist"]
 
 @dataclass(frozen=True)
 class EarlyStopping:
-    """Stop after `patience` evaluations of the validation split without a better `metric` of `task` (None: the first)."""
+    """Stop after `patience` evaluations of the validation split without a better `metric`.
+
+    task: whose metric; None is the first task, "all" the mean over all tasks that have the metric.
+    """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
 

@@ -76,3 +76,12 @@ def test_nothing_stops_without_settings():
 def test_a_metric_that_a_task_does_not_have_is_refused(settings, message):
     with pytest.raises(UserError, match=message):
         BestSoFar(settings, SCHEMA)
+
+
+def test_all_watches_the_mean_over_the_tasks_that_have_the_metric():
+    schema = FeatureSchema(labels=(Label("click"), Label("spend", "regression"), Label("like")))
+    best = BestSoFar(EarlyStopping(metric="ne", task="all", patience=1), schema)
+    assert best.update({"click": {"ne": 0.8}, "spend": {}, "like": {"ne": 0.6}}, 1)
+    assert best.value == pytest.approx(0.7)
+    assert not best.update({"click": {"ne": 0.7}, "spend": {}, "like": {"ne": 0.71}}, 2)
+    assert best.patience_is_over
