@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
+from typing import ClassVar
 
 from torch import Tensor, nn
 from typing_extensions import TypedDict
@@ -19,16 +20,21 @@ from raysys.nn.random import seeded
 from raysys.schema import FeatureSchema
 
 
-class SharedArguments(TypedDict, total=False):
-    """The arguments of `RankingModel` that mean the same to every model: a subclass passes them on as `**shared`."""
+class SequenceModelArguments(TypedDict, total=False):
+    """`SharedArguments` of a model that reads sequences itself: it names `sequence_pooling`, which is none by default."""
 
     bottom: Sequence[int]
-    sequence_pooling: str
     target_attention: bool
     embedding_dropout: float
     init_scale: float | None
     head: Head | None
     device: str
+
+
+class SharedArguments(SequenceModelArguments, total=False):
+    """The arguments of `RankingModel` that mean the same to every model: a subclass passes them on as `**shared`."""
+
+    sequence_pooling: str
 
 
 class RankingModel(nn.Module, ABC):
@@ -41,6 +47,8 @@ class RankingModel(nn.Module, ABC):
     """
 
     towers: nn.Module
+    reads_sequences: ClassVar[bool] = False
+    """Whether `interact` reads `Embedded.sequences`, whatever tokens are made of them; then the schema must have one."""
 
     def __init__(
         self,
@@ -62,7 +70,12 @@ class RankingModel(nn.Module, ABC):
         super().__init__()
         if not schema.labels:
             raise UserError(f"{schema.source}: a ranking model needs a label")
-        use_sequences = sequence_pooling != "none"
+        if self.reads_sequences and not schema.sequences:
+            raise UserError(
+                f"{schema.source}: {type(self).__name__} needs a sequence",
+                "add one to the schema's sequences, or choose a model that reads single ids and bags only",
+            )
+        use_sequences = self.reads_sequences or sequence_pooling != "none"
         self.embeddings = Embeddings(schema, embedding_dim, seed, device, init_scale, use_sequences)
         with seeded(seed, "tokens"):
             self.tokens = TokenStack(
@@ -79,6 +92,7 @@ class RankingModel(nn.Module, ABC):
 
     def add_towers(self, width: int) -> None:
         """Build what `predict` computes with, on a shared representation of H = width columns: the end of a constructor."""
+        self.shared_width = width
         with seeded(self._seed, "towers"):
             self.towers = self._head(inputs=width)
 
