@@ -7,11 +7,19 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from raysys.data.batch import Batch
 from raysys.schema import FeatureSchema
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
+    count: int = sdpa_flop_count(query, key, value)
+    return count
+
+
+_UNKNOWN_TO_TORCH = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
 def flops_per_row(build: Callable[[FeatureSchema], nn.Module], schema: FeatureSchema, rows: int = 2) -> int:
@@ -22,7 +30,7 @@ def flops_per_row(build: Callable[[FeatureSchema], nn.Module], schema: FeatureSc
     """
     small = dataclasses.replace(schema, tables=tuple(dataclasses.replace(t, num_embeddings=1) for t in schema.tables))
     model = build(small).eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_UNKNOWN_TO_TORCH) as counter:
         model(full_batch(small, rows))
     return counter.get_total_flops() // rows
 

@@ -19,6 +19,15 @@ def test_flops_of_dlrm_equal_the_count_by_hand(plain_schema):
     assert flops_per_row(build, plain_schema) == 2 * (dots + towers)
 
 
+def test_flops_of_attention_are_counted_on_a_cpu(plain_schema):
+    class Model(nn.Module):
+        def forward(self, batch):
+            q, k = torch.zeros(len(batch), 2, 3, 4), torch.zeros(len(batch), 2, 5, 4)
+            return nn.functional.scaled_dot_product_attention(q, k, k)
+
+    assert flops_per_row(lambda _: Model(), plain_schema) == 2 * (2 * 3 * 5 * 4) * 2
+
+
 def test_the_models_tables_are_never_made(plain_schema):
     huge = dataclasses.replace(
         plain_schema, tables=tuple(dataclasses.replace(t, num_embeddings=2**32) for t in plain_schema.tables)
