@@ -44,12 +44,12 @@ class MultiHeadAttention(nn.Module):
     def forward(
         self, queries: Tensor, keys: Tensor, mask: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
-        """Queries [B, Q, D], keys [B, L, D], which are the values too, → [B, Q, D].
+        """Queries [B, Q, D], or [1, Q, D] for all rows, and keys [B, L, D], which are the values too, → [B, Q, D].
 
         mask: [B, L], the keys that are there; a row without one gives zeros. positions: [L], of a rotary self-attention.
         """
         assert self.rotary == (positions is not None)
-        q = self._split(self.query(queries))  # [B, H, Q, D/H]
+        q = self._split(self.query(queries)).expand(len(keys), -1, -1, -1)  # [B, H, Q, D/H]
         k, v = (self._split(part) for part in self.key_value(keys).chunk(2, -1))  # [B, H, L, D/H]
         if positions is not None:
             rotation = rotary_angles(positions, q.shape[-1])

@@ -76,6 +76,7 @@ def test_queries_see_only_keys_that_are_there(x, mask):
     torch.testing.assert_close(output, attention(queries, changed, mask))
     torch.testing.assert_close(output[1], attention(queries[1:2], x[1:2, :2])[0])
     assert output.shape == (B, 2, D)
+    torch.testing.assert_close(attention(queries[:1], x, mask), attention(queries[:1].expand(B, -1, -1), x, mask))
 
 
 def test_a_row_without_keys_gives_zeros_and_a_gradient_of_zero(x, mask):
