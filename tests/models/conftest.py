@@ -45,7 +45,7 @@ def schema() -> FeatureSchema:
                 max_length=5,
             ),
         ),
-        labels=(Label("click"), Label("like", required=False)),
+        labels=(Label("click"), Label("conversion", required=False)),
     )
 
 
