@@ -134,7 +134,7 @@ def _rows(bought: Log, positive: Integers, negatives: int, seed: int) -> tuple[I
         np.searchsorted(bought.time, bought.time[line]) - first
     )  # lines that could be drawn; not 0: see _sold_lately
     item = np.full(len(line), -1)
-    taken = bought.request * number + bought.item
+    taken = bought.request * number + bought.item  # sorted; np.isin hashes all of it each round
     left = np.arange(len(line))
     generator = np.random.default_rng(seed)
     for _ in range(_ROUNDS):
@@ -142,9 +142,9 @@ def _rows(bought: Log, positive: Integers, negatives: int, seed: int) -> tuple[I
         key = request[left] * number + drawn
         new = np.zeros(len(left), np.bool_)
         new[np.unique(key, return_index=True)[1]] = True
-        new &= ~np.isin(key, taken)
+        new &= taken[np.minimum(np.searchsorted(taken, key), len(taken) - 1)] != key
         item[left[new]] = drawn[new]
-        taken = np.concatenate([taken, key[new]])
+        taken = np.sort(np.concatenate([taken, key[new]]), kind="stable")
         left = left[~new]
         if len(left) == 0:
             break
