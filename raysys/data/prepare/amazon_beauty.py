@@ -1,0 +1,186 @@
+"""Amazon Beauty: which item does a user buy next? 198,502 reviews of 22,363 users and 12,101 items, in the files of S3-Rec.
+
+The reviews are of McAuley's crawl (https://cseweb.ucsd.edu/~jmcauley/datasets.html; McAuley et al. 2015, He and McAuley
+2016): for research, to be cited and not passed on. The sequences are `data/Beauty.txt` of S3-Rec. They must be there already:
+nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from raysys.data.columns import integers, ranges, whole
+from raysys.data.prepare.dataset import SPLITS, check_local, is_prepared, prepare_folder, write_table
+from raysys.data.prepare.splits import TEST, TRAIN, VALID
+from raysys.data.source import fingerprint
+from raysys.errors import UserError, first_line, nearest
+from raysys.schema import (
+    Catalogue,
+    DenseFeature,
+    FeatureSchema,
+    Label,
+    Sequence,
+    SequenceFeature,
+    SparseFeature,
+    Table,
+)
+
+HISTORY = 20  # most recent items of a history
+SHORTEST = 3  # items of a user: one to start from, one to validate, one to test
+ATTRIBUTES = 8  # no item of Beauty has more than 6
+SEQUENCES = ("sequences.txt.gz", "sequences.txt")
+COLUMNS = ("item_id", "title", "attribute_ids")
+PUBLISHED = (
+    "expected are sequences.txt.gz (a line `user item item …` for each user, as data/Beauty.txt of "
+    "https://github.com/aHuiWang/CIKM2020-S3Rec) and items.parquet (item_id, title, attribute_ids)"
+)
+
+Integers = NDArray[np.int64]
+
+
+def prepare(folder: str | Path, source: str | Path | None = None, seed: int = 0, embedding_dim: int = 16) -> None:
+    """Write train, valid, test and items as Parquet, with schema.yaml, unless they are there.
+
+    source: a folder with sequences.txt.gz and items.parquet. seed: of the negatives.
+
+    Leave one out: the last item of a user tests, the one before validates, those before train, from the second on. A row's
+    history is what the user had before it, in the order of the file, so that of a test row ends with the validation item.
+    To each positive comes one negative, drawn evenly from the items that the user never has, at no time: as is usual, and
+    so a negative in train is never an item of test. There are no times.
+    """
+    if source is None and is_prepared(folder):
+        return  # later commands need not repeat where it came from
+    if source is None:
+        check_local(folder)
+        raise UserError("amazon_beauty: source is not given", f"data.prepare.source=FOLDER; {PUBLISHED}")
+    arguments = {
+        "data": "amazon-beauty",
+        "source": fingerprint(source),
+        "seed": seed,
+        "embedding_dim": embedding_dim,
+    }
+
+    def write(partial: Path) -> None:
+        catalogue = _read_items(Path(source))
+        user, item, length = _read_sequences(Path(source), integers(whole(catalogue["item_id"])))
+        rows, split = _rows(user, item, length, catalogue, seed)
+        for number, name in enumerate(SPLITS):
+            write_table(partial / f"{name}.parquet", rows.filter(pa.array(split == number)))
+        write_table(partial / "items.parquet", catalogue)
+        beauty_schema(len(user), catalogue, embedding_dim).save(partial / "schema.yaml")
+
+    prepare_folder(folder, arguments, write)
+
+
+def beauty_schema(users: int, catalogue: pa.Table, embedding_dim: int = 16) -> FeatureSchema:
+    """The schema of a prepared folder: the task is `next`, groups are users. The title is in the catalogue alone."""
+    attributes = pc.count_distinct(pc.list_flatten(catalogue["attribute_ids"])).as_py()
+    sizes = {"user": users, "item": len(catalogue), "attribute": attributes}
+    return FeatureSchema(
+        tables=tuple(Table(name, size + 1, embedding_dim) for name, size in sizes.items()),
+        dense=(DenseFeature("history_length", "user", "log_standardize"),),
+        sparse=(
+            SparseFeature("user_id", "user", "user"),
+            SparseFeature("item_id", "item", "item"),
+            SparseFeature("attribute_ids", "attribute", "item", max_length=ATTRIBUTES, pooling="mean"),
+        ),
+        sequences=(Sequence("history", (SequenceFeature("history_item", "item"),), max_length=HISTORY),),
+        labels=(Label("next"),),
+        example_id="example_id",
+        group_id="user_id",
+        catalogue=Catalogue("item_id"),
+    )
+
+
+def _rows(
+    user: Integers, item: Integers, length: Integers, catalogue: pa.Table, seed: int
+) -> tuple[pa.Table, NDArray[np.int8]]:
+    """Two rows, the positive and its negative, for every item of a user but the first, and the split of each."""
+    ends = np.cumsum(length)
+    position = ranges(np.zeros_like(length), length)  # of each item in its sequence, from 0
+    last = np.repeat(length, length) - 1
+    of_item = np.select([position == last, position == last - 1], [TEST, VALID], TRAIN).astype(np.int8)
+    positive = np.flatnonzero(position > 0)
+    negative = _negatives(np.repeat(np.arange(len(user)), length), item, positive, catalogue, seed)
+    events = np.repeat(positive, 2)
+    first = (ends - length).repeat(length)[events]
+    start = np.maximum(first, events - HISTORY)
+    offsets = np.concatenate([[0], np.cumsum(events - start)])
+    history = pa.array(item[ranges(start, events - start)])
+    shown = np.stack([item[positive], negative], 1).ravel()
+    place = pc.index_in(pa.array(shown), value_set=catalogue["item_id"].cast(pa.int64()))
+    rows = pa.table(
+        {
+            "example_id": np.arange(len(events)),
+            "next": np.tile(np.array([1, 0], np.int8), len(positive)),
+            "user_id": np.repeat(user, length)[events],
+            "history_length": position[events].astype(np.float32),
+            "history_item": pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), history),
+            "item_id": shown,
+            "attribute_ids": catalogue["attribute_ids"].take(place),
+        }
+    )
+    return rows, of_item[events]
+
+
+def _negatives(owner: Integers, item: Integers, positive: Integers, catalogue: pa.Table, seed: int) -> Integers:
+    """An item for each positive that its user has nowhere in the sequence, all such items equally likely."""
+    items = np.sort(integers(whole(catalogue["item_id"])))
+    own = np.unique(owner * len(items) + np.searchsorted(items, item))  # (user, item), sorted by user, then item
+    count = np.bincount(own // len(items))  # different items of each user
+    if (count == len(items)).any():
+        raise UserError("amazon_beauty: a user has all items of items.parquet", "none is left to be a negative")
+    # The d-th of those that a user does not have, without drawing twice: to d comes the number of own items that are not
+    # after it. The k-th own item i is preceded by i - k others, so it is not after the d-th if i - k <= d.
+    first = np.cumsum(count) - count
+    others = own % len(items) - (np.arange(len(own)) - first[own // len(items)])
+    user = owner[positive]
+    drawn = (np.random.default_rng(seed).random(len(user)) * (len(items) - count[user])).astype(np.int64)
+    before = np.searchsorted(own // len(items) * len(items) + others, user * len(items) + drawn, "right") - first[user]
+    return items[drawn + before]
+
+
+def _read_items(source: Path) -> pa.Table:
+    path = source / "items.parquet"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file", PUBLISHED)
+    try:
+        table = pq.read_table(path)
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path}: cannot be read as parquet: {first_line(error)}") from None
+    for column in COLUMNS:
+        if column not in table.column_names:
+            raise UserError(f"{path}: column {column!r} is missing", nearest(column, table.column_names))
+    return table.replace_schema_metadata().set_column(
+        table.column_names.index("item_id"), "item_id", table["item_id"].cast(pa.int64())
+    )
+
+
+def _read_sequences(source: Path, items: Integers) -> tuple[Integers, Integers, Integers]:
+    """The user of each line, the items of all lines one after another, and how many each line has."""
+    path = next((source / name for name in SEQUENCES if (source / name).is_file()), None)
+    if path is None:
+        raise UserError(f"{source / SEQUENCES[0]}: no such file", PUBLISHED)
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    lines = pc.split_pattern(pc.utf8_trim_whitespace(pa.array(content.decode().splitlines())), " ")
+    try:
+        numbers = integers(pc.list_flatten(lines).cast(pa.int64()))
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path}: not the file that was expected: {first_line(error)}", PUBLISHED) from None
+    words = integers(pc.list_value_length(lines))
+    short = np.flatnonzero(words - 1 < SHORTEST)
+    if len(short):
+        raise UserError(f"{path}: line {short[0] + 1} has {words[short[0]] - 1} items, expected {SHORTEST} or more")
+    starts = np.cumsum(words) - words
+    item = np.delete(numbers, starts)
+    unknown = np.setdiff1d(item, items)
+    if len(unknown):
+        raise UserError(f"{path}: item {unknown[0]} is not in items.parquet", PUBLISHED)
+    return numbers[starts], item, words - 1
