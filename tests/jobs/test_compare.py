@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,6 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from raysys.config import compose, instantiate, validate
+from raysys.data.synthetic.criteo_shaped import criteo_shaped_schema
+from raysys.schema import Sequence, SequenceFeature
+from raysys.train.settings import TrainSettings
 
 ROOT = Path(__file__).parents[2]
 TINY = """{
@@ -69,3 +75,21 @@ def test_an_unknown_model_names_the_nearest_one(compared):
         2,
         "error: models 'dcn' is not in configs/compare.yaml\n  hint: did you mean 'dcnv2'?\n",
     )
+
+
+COMPARISONS = compose(name="compare")["comparisons"]
+
+
+@pytest.mark.parametrize(
+    ("comparison", "model"), [(name, model) for name, content in COMPARISONS.items() for model in content["models"]]
+)
+def test_every_model_of_the_comparisons_can_be_made(comparison, model):
+    content, config = COMPARISONS[comparison], compose(name="compare")
+    assert content["baseline"] in content["models"]
+    for data in content["sets"].values():
+        overrides = [*config["all_runs"], *data["overrides"], *content["models"][model], *config["trials"][-1]]
+        found = compose(overrides)
+        validate(TrainSettings, found["train"], "train")
+    history = Sequence("history", (SequenceFeature("events", "c0", encoding="index"),), max_length=5)
+    schema = dataclasses.replace(criteo_shaped_schema(), sequences=(history,))
+    instantiate(found["model"], schema=schema, seed=0, device="meta")
