@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -19,6 +20,7 @@ class Assembly(nn.Module):
     It holds no table: the tracer of TorchRec's pipelines takes it as one step.
 
     in_ids: the tables that return one vector per id.
+    separate_events: the features of a sequence stand side by side instead of being summed.
     keys: what each feature is called in what the collections return, `feature@table` where several tables look it up.
     """
 
@@ -28,10 +30,12 @@ class Assembly(nn.Module):
         embedding_dim: int,
         in_ids: set[str],
         use_sequences: bool,
+        separate_events: bool,
         keys: Mapping[str, str],
     ) -> None:
         super().__init__()
         self.embedding_dim = embedding_dim
+        self.separate_events = separate_events
         self.keys = dict(keys)
         self.names = tuple(feature.name for feature in schema.sparse)
         self.pooled_here = [feature for feature in schema.sparse if feature.table in in_ids]
@@ -81,13 +85,15 @@ class Assembly(nn.Module):
         return torch.stack([columns[name] for name in self.names], 1)
 
     def _sequences(self, vectors: dict[str, JaggedTensor]) -> dict[str, tuple[Tensor, Tensor]]:
-        """[B, L, D] and mask [B, L] of each sequence: the sum of its features' embeddings at width D."""
+        """[B, L, D] and mask [B, L] of each sequence: the sum of its C features at width D, or [B, L, CD] side by side."""
         found = {}
         for sequence in self.sequences:
             first = vectors[self.keys[sequence.features[0].name]]
-            values = torch.zeros((), device=first.values().device)
-            for feature in sequence.features:
-                values = values + self._project(feature.name, vectors[self.keys[feature.name]].values())  # [N, D]
+            columns = [
+                self._project(feature.name, vectors[self.keys[feature.name]].values())  # [N, D]
+                for feature in sequence.features
+            ]
+            values = torch.cat(columns, 1) if self.separate_events else functools.reduce(torch.add, columns)
             padded = pad(values, first.offsets(), sequence.max_length)
             found[sequence.name] = (padded, length_mask(first.lengths(), sequence.max_length))
         return found

@@ -69,8 +69,8 @@ class Tables(nn.Module):
             weighted = batch.weighted if "weighted" in self.id_sources else None
         return pooled, ids, weighted
 
-    def make_assembly(self, part: TableSet, embedding_dim: int, seed: int, use_sequences: bool) -> Assembly:
-        """What brings the features of a set to tokens of width `embedding_dim`, with or without its sequences."""
+    def make_assembly(self, part: TableSet, embedding_dim: int, own: TableSet) -> Assembly:
+        """What brings the features of a set to tokens of width `embedding_dim`, with seed and sequences as in `own`."""
         returned = {
             (config.name, feature): name
             for configs in self._configs()
@@ -78,8 +78,8 @@ class Tables(nn.Module):
             for feature, name in zip(config.feature_names, names, strict=True)
         }
         keys = {feature.name: returned[part.prefix + feature.table, feature.name] for feature in part.features}
-        with seeded(seed, "projections"):
-            return Assembly(part.schema, embedding_dim, part.in_ids, use_sequences, keys)
+        with seeded(own.seed, "projections"):
+            return Assembly(part.schema, embedding_dim, part.in_ids, own.use_sequences, own.separate_events, keys)
 
     def configs(self) -> dict[str, BaseEmbeddingConfig]:
         """TorchRec's config of each table, by table."""
@@ -121,6 +121,7 @@ class Embeddings(Tables):
     device: of the tables; "meta" makes them without memory, for a trainer that fills their shards.
     init_scale: initial weights are uniform in ±init_scale; None is ±1/√rows of the table, TorchRec's default.
     use_sequences: False leaves sequences out, and tables that only they use.
+    separate_events: an event is the C embeddings of its columns side by side (width CD) instead of their sum.
     """
 
     def __init__(
@@ -131,10 +132,12 @@ class Embeddings(Tables):
         device: str = "cpu",
         init_scale: float | None = None,
         use_sequences: bool = True,
+        separate_events: bool = False,
     ) -> None:
-        super().__init__([TableSet(schema, seed, init_scale, use_sequences)], device)
+        own = TableSet(schema, seed, init_scale, use_sequences, separate_events)
+        super().__init__([own], device)
         self.embedding_dim = embedding_dim
-        self.assembly = self.make_assembly(self.sets[0], embedding_dim, seed, use_sequences)
+        self.assembly = self.make_assembly(own, embedding_dim, own)
 
     def forward(self, batch: Batch) -> Embedded:
         """Tokens [B, F, D] in the order of `schema.sparse`, sequences at width D, and the dense columns."""

@@ -12,7 +12,8 @@ class Embedded:
     """B rows after the embedding lookup. Padded events of a sequence are zeros with mask False.
 
     tokens: [B, F, D], one per sparse feature, in the order of `names`, which belongs to a checkpoint.
-    sequences: by the schema's name, [B, L, D] (oldest event first, padding at the end) and mask [B, L].
+    sequences: by the schema's name, [B, L, D] (oldest event first, padding at the end) and mask [B, L]; [B, L, CD] with the
+    C columns of an event side by side in a model that separates them.
     dense: [B, Dd], as in the batch. members: what each member of an ensemble looked up for itself.
     """
 

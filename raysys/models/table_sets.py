@@ -22,6 +22,7 @@ class TableSet:
     seed: int = 0
     init_scale: float | None = None
     use_sequences: bool = True
+    separate_events: bool = False
     prefix: str = ""
 
     def __post_init__(self) -> None:

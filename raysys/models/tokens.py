@@ -77,6 +77,8 @@ class TokenStack(nn.Module):
         tokens.append(embedded.tokens)
         for place, name in enumerate(self.sequences):
             sequence, mask = embedded.sequences[name]
+            if sequence.shape[2] != self.dim:
+                sequence = sequence.unflatten(2, (-1, self.dim)).sum(2)  # its columns came side by side
             if self.mean:
                 tokens.append(mean_pool(sequence, mask)[:, None])
             if self.attention:

@@ -50,6 +50,9 @@ class RankingModel(nn.Module, ABC):
     reads_sequences: ClassVar[bool] = False
     """Whether `interact` reads `Embedded.sequences`, whatever tokens are made of them; then the schema must have one."""
 
+    separates_events: ClassVar[bool] = False
+    """Whether it reads an event as the embeddings of its columns side by side instead of as their sum."""
+
     def __init__(
         self,
         schema: FeatureSchema,
@@ -76,7 +79,9 @@ class RankingModel(nn.Module, ABC):
                 "add one to the schema's sequences, or choose a model that reads single ids and bags only",
             )
         use_sequences = self.reads_sequences or sequence_pooling != "none"
-        self.embeddings = Embeddings(schema, embedding_dim, seed, device, init_scale, use_sequences)
+        self.embeddings = Embeddings(
+            schema, embedding_dim, seed, device, init_scale, use_sequences, self.separates_events
+        )
         with seeded(seed, "tokens"):
             self.tokens = TokenStack(
                 schema,
