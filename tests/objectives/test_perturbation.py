@@ -1,0 +1,394 @@
+"""SCR and LSPR: their formulas on linear models, and what they do with a real one."""
+
+from __future__ import annotations
+
+import copy
+import math
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from raysys.config import compose, instantiate
+from raysys.data.batch import Batch
+from raysys.errors import UserError
+from raysys.models.outputs import Embedded, Output
+from raysys.models.ranking.dlrm import DLRM
+from raysys.objectives.perturbation import LSPR, SCR
+from raysys.objectives.perturbed_rows import Perturbation, map_rows
+from raysys.objectives.supervised import Supervised
+from raysys.schema import DenseFeature, FeatureSchema, Label, Sequence, SequenceFeature, SparseFeature, Table
+
+WIDTH = 20
+DENSE = tuple(DenseFeature(f"x{place}") for place in range(WIDTH))
+REGRESSION = FeatureSchema(dense=DENSE, labels=(Label("y", kind="regression"),))
+BINARY = FeatureSchema(dense=DENSE, labels=(Label("y"),))
+FULL = FeatureSchema(
+    tables=(Table("item", 30, 8), Table("user", 20, 8)),
+    dense=(DenseFeature("age", default=2.0), DenseFeature("price", missing_flag=True)),
+    sparse=(
+        SparseFeature("user_id", "user", side="user"),
+        SparseFeature("item_id", "item", side="item"),
+        SparseFeature("place", "user", side="position"),
+    ),
+    sequences=(Sequence("history", (SequenceFeature("clicked", "item"),), max_length=5),),
+    labels=(Label("click"), Label("like", required=False)),
+)
+
+
+class Linear(nn.Module):
+    """f(x) = w x + b of the dense columns."""
+
+    def __init__(self, weight: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(WIDTH) if weight is None else weight.clone())
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def interact(self, embedded: Embedded) -> Tensor:
+        return embedded.dense @ self.weight[:, None] + self.bias
+
+    def predict(self, shared: Tensor) -> Output:
+        return Output(shared, shared, shared[:, None])
+
+
+def dense_batch(x: Tensor, y: Tensor, labeled: Tensor | None = None) -> tuple[SimpleNamespace, Embedded]:
+    mask = torch.ones(len(x), 1, dtype=torch.bool) if labeled is None else labeled[:, None]
+    batch = SimpleNamespace(
+        labels=y[:, None] * mask, label_mask=mask, weight=mask.float(), example_id=torch.arange(len(x))
+    )
+    return batch, Embedded(torch.zeros(len(x), 0, 1), (), {}, x)
+
+
+@pytest.fixture
+def make_batch():
+    return full_batch
+
+
+def full_batch(schema: FeatureSchema, rows: int, padding: int = 0) -> Batch:
+    """Rows of FULL, and rows of padding; `like` lacks labels."""
+    random, total = torch.Generator().manual_seed(8), rows + padding
+
+    def jagged(names: tuple[str, ...], longest: int) -> KeyedJaggedTensor:
+        lengths = torch.zeros(len(names), total, dtype=torch.int32)
+        lengths[:, :rows] = torch.randint(0, longest + 1, (len(names), rows), generator=random)
+        if longest == 1:
+            lengths[:, :rows] = 1
+        ids = torch.randint(0, 20, (int(lengths.sum()),), generator=random)
+        return KeyedJaggedTensor(list(names), ids, lengths=lengths.flatten())
+
+    real = torch.arange(total) < rows
+    mask = torch.stack([real, real & (torch.arange(total) % 2 == 0)], 1)
+    dense = torch.zeros(total, schema.dense_width)
+    dense[:rows, :2] = torch.randn(rows, 2, generator=random)
+    labels = torch.zeros(total, 2)
+    labels[:rows] = torch.randint(0, 2, (rows, 2), generator=random).float()
+    ids = torch.arange(total).where(real, -1)
+    sparse, sequences = jagged(("user_id", "item_id", "place"), 1), jagged(("clicked",), 5)
+    return Batch(dense, sparse, labels * mask, mask, mask.float(), ids, ids, ids, sequences=sequences)
+
+
+def perturbed(**keys) -> partial:
+    return partial(Perturbation, **({"feature_mask": 0.0, "dense_noise": 0.0} | keys))
+
+
+def embedded_rows(rows: int = 40) -> Embedded:
+    random = torch.Generator().manual_seed(4)
+    tokens, events = torch.randn(rows, 3, 8, generator=random), torch.randn(rows, 5, 8, generator=random)
+    mask = torch.arange(5) < torch.randint(0, 6, (rows, 1), generator=random)
+    dense = torch.cat([torch.randn(rows, 2, generator=random), torch.zeros(rows, 1)], 1)
+    names = ("user_id", "item_id", "place")
+    member = Embedded(tokens[:, :1] + 1, names[:1], {}, dense)
+    return Embedded(tokens, names, {"history": (events * mask[..., None], mask)}, dense, {"m": member})
+
+
+def gradients(objective: nn.Module, model: nn.Module, batch) -> tuple[Tensor, list[Tensor]]:
+    model.zero_grad()
+    torch.manual_seed(3)
+    loss = objective(model, batch, model.embed(batch))[0]
+    loss.backward()
+    return loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+OFF = [partial(LSPR, alpha=0.0), partial(LSPR, alpha=0.0, balance="ratio"), partial(SCR, lambda_=0.0)]
+
+
+@pytest.mark.parametrize("kind", OFF)
+def test_without_strength_it_is_the_plain_model_bit_by_bit(kind, make_batch):
+    model, batch = DLRM(FULL, embedding_dim=8, bottom=[8], dropout=0.2), make_batch(FULL, 9, padding=2)
+    expected, plain = gradients(Supervised(FULL), model, batch)
+    loss, found = gradients(kind(FULL), model, batch)
+    assert torch.equal(loss, expected)
+    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.5, 1.0])
+def test_without_a_perturbation_lspr_is_the_plain_loss(alpha, make_batch):
+    model, batch = DLRM(FULL, embedding_dim=8, bottom=[8]), make_batch(FULL, 9, padding=2)
+    expected, plain = gradients(Supervised(FULL), model, batch)
+    loss, found = gradients(LSPR(FULL, alpha=alpha, perturbation=perturbed()), model, batch)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["mse_prob", "mse_logit", "kl"])
+def test_without_a_perturbation_scr_has_no_term_and_no_gradient(kind, make_batch):
+    model, batch = DLRM(FULL, embedding_dim=8, bottom=[8]), make_batch(FULL, 9, padding=2)
+    expected, plain = gradients(Supervised(FULL), model, batch)
+    loss, found = gradients(SCR(FULL, lambda_=5.0, kind=kind, perturbation=perturbed()), model, batch)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("build", [partial(SCR, lambda_=0.3, kind="mse_logit"), partial(LSPR, alpha=0.3)])
+def test_on_a_linear_model_noise_is_a_ridge_penalty(build):
+    random = torch.Generator().manual_seed(1)
+    x = torch.randn(100_000, WIDTH, generator=random)
+    x = (x - x.mean(0)) / x.std(0, correction=0)
+    truth = torch.randn(WIDTH, generator=random)
+    y, variance = x @ truth + 0.5 * torch.randn(len(x), generator=random), 0.7**2
+    strength = 0.3 * variance
+    ridge = torch.linalg.solve(x.T @ x / len(x) + strength * torch.eye(WIDTH), x.T @ y / len(x))
+    model, objective = Linear(ridge), build(REGRESSION, perturbation=perturbed(dense_noise=0.7))
+    batch, embedded = dense_batch(x, y)
+    loss = objective(model, batch, embedded)[0]
+    loss.backward()
+    expected = (x @ ridge - y).square().mean() + strength * ridge.square().sum()
+    assert float(loss) == pytest.approx(float(expected), rel=0.02)
+    assert float(model.weight.grad.norm()) < 0.04 * float((2 * strength * ridge).norm())  # the optimum of ridge
+
+
+def train(objective: nn.Module, x: Tensor, y: Tensor, steps: int, lr: float) -> Linear:
+    """Adam on the whole batch with a new perturbation in each step."""
+    model, (batch, embedded) = Linear(), dense_batch(x, y)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+        optimizer.zero_grad()
+        objective(model, batch, embedded)[0].backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("probability", "strength", "scr", "lspr"), [(0.1, 0.5, 0.956, 1.004), (0.3, 0.5, 0.869, 0.997)]
+)
+def test_masking_shrinks_the_weights_of_scr_and_not_those_of_lspr(probability, strength, scr, lspr):
+    random = torch.Generator().manual_seed(5)
+    x, truth = torch.randn(400, WIDTH, generator=random), torch.randn(WIDTH, generator=random)
+    y, masked = x @ truth + 0.5 * torch.randn(400, generator=random), perturbed(feature_mask=probability)
+    objectives = {
+        "scr": SCR(REGRESSION, lambda_=strength, perturbation=masked),
+        "lspr": LSPR(REGRESSION, alpha=strength, perturbation=masked),
+    }
+    trained = {name: train(objective, x, y, 250, 0.1) for name, objective in objectives.items()}
+    ratio = {name: float(model.weight.detach().norm() / truth.norm()) for name, model in trained.items()}
+    error = {name: float((model.weight.detach() - truth).norm() / truth.norm()) for name, model in trained.items()}
+    assert ratio["scr"] == pytest.approx(scr, abs=0.03)
+    assert ratio["lspr"] == pytest.approx(lspr, abs=0.03)
+    assert error["lspr"] < error["scr"]
+
+
+def clicks(rows: int, seed: int = 11) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training rows, and 20,000 test rows with the same weights."""
+    random = torch.Generator().manual_seed(seed)
+    weight = 0.7 * torch.randn(WIDTH, generator=random)
+    x = torch.randn(rows + 20_000, WIDTH, generator=random)
+    y = torch.bernoulli((x @ weight - 1.5).sigmoid(), generator=random)
+    return x[:rows], y[:rows], x[rows:], y[rows:]
+
+
+def normalized_entropy(model: Linear, x: Tensor, y: Tensor) -> float:
+    with torch.no_grad():
+        logits, base = x @ model.weight + model.bias, y.mean()
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, y)
+    return float(loss / -(base * base.log() + (1 - base) * (1 - base).log()))
+
+
+def test_a_strong_scr_makes_predictions_constant_and_lspr_does_not():
+    x, y, test_x, _ = clicks(400)
+    masked, spread = perturbed(feature_mask=0.3), {}
+    objectives = {"scr": SCR(BINARY, lambda_=1000.0, perturbation=masked)}
+    objectives["lspr"] = LSPR(BINARY, alpha=1.0, perturbation=masked)
+    for name, objective in objectives.items():
+        model = train(objective, x, y, 200, 0.1)
+        spread[name] = float((test_x @ model.weight + model.bias).sigmoid().std())
+    assert spread["scr"] < 0.01
+    assert spread["lspr"] > 0.2
+
+
+@pytest.mark.experiment
+def test_with_few_labels_lspr_halves_the_test_loss(record_figure):
+    x, y, test_x, test_y = clicks(100)
+    entropy = {}
+    for name, objective in {
+        "none": Supervised(BINARY),
+        "lspr": LSPR(BINARY, alpha=0.5, perturbation=perturbed(feature_mask=0.3)),
+    }.items():
+        entropy[name] = normalized_entropy(train(objective, x, y, 2000, 0.3), test_x, test_y)
+        record_figure(f"{name}_ne", entropy[name])
+    assert entropy["lspr"] < 0.5 * entropy["none"]
+
+
+@pytest.mark.parametrize("build", [SCR, LSPR])
+def test_a_step_looks_up_once_and_evaluation_perturbs_nothing(build, make_batch, monkeypatch):
+    model, batch, objective = DLRM(FULL, embedding_dim=8, bottom=[8]), make_batch(FULL, 9), build(FULL)
+    calls, sizes, lookup, interact = [], [], model.embeddings.forward, model.interact
+    monkeypatch.setattr(model.embeddings, "forward", lambda batch: calls.append(batch) or lookup(batch))
+    monkeypatch.setattr(model, "interact", lambda e: sizes.append(len(e.dense)) or interact(e))
+    loss, output, parts = objective(model, batch, model.embed(batch))
+    loss.backward()
+    assert (len(calls), sizes) == (1, [18])
+    assert [len(value) for value in (output.logits, output.shared, output.hidden)] == [9, 9, 9]
+    torch.testing.assert_close(output.logits, model(batch).logits)
+    assert set(parts) == {"click", "like", "perturbed" if build is LSPR else "consistency"}
+    sizes.clear()
+    objective.eval()(model, batch, model.embed(batch))
+    assert sizes == [9]
+
+
+def test_what_is_drawn_follows_from_the_step_and_leaves_other_draws_alone(monkeypatch):
+    perturbation, embedded = Perturbation(FULL), embedded_rows()
+    counted = torch.ones(40)
+
+    def copies(seed: int, rank: int = 0) -> Tensor:
+        monkeypatch.setattr("raysys.objectives.perturbed_rows.rank", lambda: rank)
+        torch.manual_seed(seed)
+        other, tokens = Perturbation(FULL), None
+        state = torch.get_rng_state()
+        tokens = other(embedded, counted)[1].tokens
+        assert torch.equal(torch.get_rng_state(), state)
+        return tokens
+
+    assert torch.equal(copies(1), copies(1))
+    assert not torch.equal(copies(1), copies(2))
+    assert not torch.equal(copies(1), copies(1, rank=1))
+    first, second = (perturbation(embedded, counted)[1].tokens for _ in range(2))  # nobody seeds: calls count
+    assert not torch.equal(first, second)
+
+
+def test_the_ratio_has_no_gradient_of_its_own():
+    x, y, *_ = clicks(50)
+    weight = torch.randn(WIDTH, generator=torch.Generator().manual_seed(2))
+    batch, embedded = dense_batch(x, y)
+    found = {}
+    for name, balance, alpha in (("clean", "convex", 0.0), ("copies", "convex", 1.0), ("ratio", "ratio", 0.4)):
+        torch.manual_seed(0)
+        model = Linear(weight)
+        objective = LSPR(BINARY, alpha=alpha, balance=balance, perturbation=perturbed(feature_mask=0.5))
+        loss = objective(model, batch, embedded)[0]
+        loss.backward()
+        found[name] = (loss.detach(), model.weight.grad)
+    clean, copies, ratio = found["clean"], found["copies"], found["ratio"]
+    share = clean[0] / copies[0]
+    assert abs(float(share) - 1) > 0.01
+    torch.testing.assert_close(ratio[1], clean[1] + 0.4 * share * copies[1], rtol=1e-5, atol=1e-6)
+    assert float(ratio[0]) == pytest.approx(1.4 * float(clean[0]), rel=1e-5)  # 1 : alpha, whatever their sizes
+
+
+def test_rows_without_a_label_count_in_scr_where_asked_for_and_never_in_lspr():
+    x, y, *_ = clicks(30)
+    labeled = torch.arange(30) < 20
+    masked, weight = perturbed(feature_mask=0.3), torch.ones(WIDTH)
+
+    def consistency(objective: nn.Module, moved: float) -> float:
+        rows = torch.where(labeled[:, None], x, x + moved)
+        torch.manual_seed(0)
+        _, _, parts = objective(Linear(weight), *dense_batch(rows, y, labeled))
+        return float(next(value for name, value in parts.items() if name != "y"))
+
+    assert consistency(SCR(BINARY, perturbation=masked), 0.0) == consistency(SCR(BINARY, perturbation=masked), 1.0)
+    assert consistency(LSPR(BINARY, perturbation=masked), 0.0) == consistency(LSPR(BINARY, perturbation=masked), 1.0)
+    asked = SCR(BINARY, unlabeled=True, perturbation=masked)
+    assert consistency(asked, 0.0) != consistency(asked, 1.0)
+
+
+def test_padding_never_counts(make_batch):
+    model, objective = DLRM(FULL, embedding_dim=8, bottom=[8]), SCR(FULL, unlabeled=True, lambda_=1.0)
+    objective.perturbation = perturbed(feature_mask=0.999)(FULL)  # copies of all rows are the same
+    losses = [gradients(copy.deepcopy(objective), model, make_batch(FULL, 9, padding=n))[0] for n in (0, 5)]
+    torch.testing.assert_close(*losses)
+
+
+def test_a_masked_feature_has_its_default_and_what_is_excluded_stays():
+    embedded = embedded_rows()
+    perturbation = Perturbation(FULL, feature_mask=0.9999999, dense_noise=0.5, emb_noise=0.5, exclude=["item_id"])
+    rows, copies = perturbation(embedded, torch.ones(40))
+    assert torch.equal(rows, torch.arange(40))
+    assert not copies.tokens[:, 0].any()
+    assert torch.equal(copies.tokens[:, 1:], embedded.tokens[:, 1:])  # named, and of side position
+    assert torch.equal(copies.dense, torch.tensor([2.0, 0.0, 1.0]).expand(40, 3))  # defaults and the missing flag
+    assert not copies.sequences["history"][0].any()
+    assert not copies.sequences["history"][1].any()
+    assert not copies.members["m"].tokens.any()
+
+
+def test_noise_has_the_size_that_was_asked_for():
+    embedded = map_rows(embedded_rows(), lambda value: value.repeat(500, *[1] * (value.dim() - 1)))
+    noise = Perturbation(FULL, feature_mask=0.0, dense_noise=0.2, emb_noise=0.3, exclude=["price"])
+    copies = noise(embedded, torch.ones(20_000))[1]
+    moved = copies.dense - embedded.dense
+    assert float(moved[:, 0].std() / embedded.dense[:, 0].std()) == pytest.approx(0.2, rel=0.03)
+    assert not moved[:, 1:].any()
+    relative = copies.tokens[:, :2] / embedded.tokens[:, :2] - 1
+    assert float(relative.std()) == pytest.approx(0.3, rel=0.03)
+    assert torch.equal(copies.sequences["history"][1], embedded.sequences["history"][1])
+
+
+def test_rescaling_keeps_the_mean():
+    embedded = map_rows(embedded_rows(4), lambda value: value.repeat(10_000, *[1] * (value.dim() - 1)))
+    copies = Perturbation(FULL, feature_mask=0.5, rescale=True, dense_noise=0.0)(embedded, torch.ones(40_000))[1]
+    torch.testing.assert_close(copies.tokens.mean(0), embedded.tokens.mean(0), rtol=0.05, atol=0.02)
+    torch.testing.assert_close(copies.dense[:, :2].mean(0), embedded.dense[:, :2].mean(0), rtol=0.05, atol=0.05)
+
+
+def test_a_share_of_the_rows_can_have_copies():
+    rows, copies = Perturbation(FULL, row_fraction=0.25, feature_mask=0.0, dense_noise=0.0)(
+        embedded_rows(), torch.ones(40)
+    )
+    assert len(rows) == len(set(rows.tolist())) == 10
+    assert torch.equal(copies.tokens, embedded_rows().tokens[rows])
+
+
+@pytest.mark.parametrize("name", ["scr", "lspr"])
+def test_the_yaml_file_has_the_defaults_of_the_class(name):
+    given = instantiate(compose([f"objective={name}"])["objective"], schema=FULL)
+    default = {"scr": SCR, "lspr": LSPR}[name](FULL)
+    for left, right in ((given, default), (given.perturbation, default.perturbation)):
+        plain = {key: value for key, value in vars(left).items() if isinstance(value, float | bool | str | tuple)}
+        assert plain == {key: vars(right)[key] for key in plain}
+
+
+@pytest.mark.parametrize(
+    ("build", "message", "hint"),
+    [
+        (partial(SCR, lambda_=-1.0), "objective.lambda_ is -1.0", "a number of at least 0 is expected"),
+        (partial(SCR, kind="mse"), "objective.kind is 'mse'", None),
+        (partial(LSPR, alpha=1.5), "objective.alpha is 1.5", "a number of 0 to 1 is expected"),
+        (partial(LSPR, balance="ratios"), "objective.balance is 'ratios'", "did you mean 'ratio'?"),
+        (
+            partial(SCR, perturbation=perturbed(exclude=["user"])),
+            "objective.perturbation.exclude: no feature 'user' in schema",
+            "did you mean 'user_id'?",
+        ),
+        (
+            partial(SCR, perturbation=perturbed(feature_mask=1.0)),
+            "objective.perturbation.feature_mask is 1.0",
+            "a number of at least 0 and below 1 is expected",
+        ),
+    ],
+)
+def test_wrong_settings_are_named(build, message, hint):
+    with pytest.raises(UserError) as error:
+        build(FULL)
+    assert error.value.message == message
+    assert hint is None or error.value.hint == hint
+
+
+def test_kl_by_hand():
+    first, second = torch.tensor([[0.3]]), torch.tensor([[-1.2]])
+    p, q = 1 / (1 + math.exp(-0.3)), 1 / (1 + math.exp(1.2))
+    expected = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    assert float(SCR(BINARY, kind="kl")._difference(first, second)) == pytest.approx(expected, rel=1e-5)
