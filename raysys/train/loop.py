@@ -76,6 +76,7 @@ class TrainLoop:
             outputs = self._pipeline.progress(stream)
             batch, self.position = stream.trained()
             self.step += 1
+            self._tell_objective()
             self.window.update(outputs)
             self._check(self._guard.submit(self.step, outputs["losses"], self._stop_wanted(), batch))
             if self.step % self.settings.log_every == 0 or self.step == self.total_steps:
@@ -99,6 +100,7 @@ class TrainLoop:
         if self.step:
             self.emit({"event": "resumed", "step": self.step, "path": str(own[0] if own else self.job.resume)})
         self.window.start(self._rows())
+        self._tell_objective()
 
     def load(self, path: Path, state: dict[str, Any]) -> None:
         """Become what a verified checkpoint holds, whose `state.json` is `state`."""
@@ -143,6 +145,12 @@ class TrainLoop:
         self.emit({"event": "evaluation", "step": self.step, "epoch": self.position.epoch, **evaluation.event()})
         self.timer.skip()
         return evaluation
+
+    def _tell_objective(self) -> None:
+        """Schedules of an objective follow from the step: it hears of each one, and of that which a resumed run begins with."""
+        after_step = getattr(unwrap(self.model).objective, "after_step", None)
+        if after_step is not None:
+            after_step(self.step, self.total_steps)
 
     def _evaluate(self) -> bool:
         """Evaluate the validation split, keep the best checkpoint; True where patience has run out."""
