@@ -69,12 +69,15 @@ class FullyShardedWrapper(DefaultDataParallelWrapper):
 
 
 def _dense_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """The topmost modules below `module` that have parameters, no table, and a `forward` that FSDP can hook."""
+    """The topmost modules below `module` that have parameters, no table, and a `forward` that FSDP can hook.
+
+    The `forward` of a model, such as a member of an ensemble, is not called: its steps are.
+    """
     for child in module.children():
         if isinstance(child, ShardedModule):
             continue
-        containers = isinstance(child, nn.ModuleList | nn.ModuleDict)
-        if containers or any(isinstance(part, ShardedModule) for part in child.modules()):
+        in_parts = isinstance(child, nn.ModuleList | nn.ModuleDict) or hasattr(child, "interact")
+        if in_parts or any(isinstance(part, ShardedModule) for part in child.modules()):
             yield from _dense_modules(child)
         elif any(True for _ in child.parameters()):
             yield child
