@@ -24,8 +24,18 @@ SMALL = {"embedding_dim": 8, "bottom": [8]}
 def build(request):
     """`build(schema, key=value)`: a model as its YAML file has it, with narrow tokens."""
     node = compose([f"model={request.param}"])["model"]
-    small = {key: value for key, value in SMALL.items() if key in node}
-    return lambda schema, **keys: instantiate(node | small | keys, schema=schema)
+    return lambda schema, **keys: instantiate(with_keys(node, SMALL | keys) | given(keys), schema=schema)
+
+
+def with_keys(node, keys):
+    """A model's node with these keys where it has them; an ensemble's members are nodes within it."""
+    nested = {key: with_keys(value, keys) if isinstance(value, dict) else value for key, value in node.items()}
+    return nested | {key: value for key, value in keys.items() if key in node}
+
+
+def given(keys):
+    """What is no key of a config."""
+    return {key: keys[key] for key in ("seed", "device") if key in keys}
 
 
 def test_outputs_and_steps(build, schema, make_batch):
@@ -34,7 +44,8 @@ def test_outputs_and_steps(build, schema, make_batch):
     assert output.logits.shape == (5, 2)
     assert output.hidden.shape[:2] == (5, 2)
     assert output.shared.shape[0] == 5
-    assert output.embedded.names == ("user_id", "genres", "item_id", "tags")
+    for embedded in output.embedded.members.values() or [output.embedded]:
+        assert embedded.names == ("user_id", "genres", "item_id", "tags")
     steps = model.predict(model.interact(model.embed(batch)))
     assert torch.equal(steps.logits, output.logits)
     assert steps.embedded is None
@@ -144,9 +155,11 @@ def test_configs_name_every_key_with_its_default(name):
     model = locate(config.pop("_target_"))
     config.pop("defaults", None)
     keys = arguments_of(model)
-    given = ("schema", "seed", "device", "head")
-    defaults = {key: value.default for key, value in keys.items() if key not in given}
+    others = ("schema", "seed", "device", "head")
+    defaults = {key: value.default for key, value in keys.items() if key not in others}
     assert config.keys() == defaults.keys()
+    for key in [key for key, default in defaults.items() if default is inspect.Parameter.empty]:
+        del config[key], defaults[key]  # only the config says it
     if model.__name__.lower() == name.replace("_", ""):  # else a preset of another model's class
         assert config == {key: list(value) if isinstance(value, tuple) else value for key, value in defaults.items()}
 
