@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from raysys.errors import UserError
-from raysys.nn.attention import MultiHeadAttention, check_heads, rotary_angles, rotate
+from raysys.nn.attention import MultiHeadAttention, check_heads, rotary_factors, rotate
 
 B, L, D, HEADS = 3, 6, 8, 2
 
@@ -35,7 +35,7 @@ def test_attention_equals_its_formula(x, mask, rotary):
         for part in torch.arange(D).chunk(HEADS):
             q, k, v = (x[row] @ weight[part].t() for weight in (attention.query.weight, key, value))
             if rotary:
-                q, k = (rotate(each, rotary_angles(positions, D // HEADS)) for each in (q, k))
+                q, k = (rotate(each, rotary_factors(positions, D // HEADS)) for each in (q, k))
             scores = (q @ k.t() / (D / HEADS) ** 0.5)[:, mask[row]]
             heads.append(scores.softmax(1) @ v[mask[row]])
         expected[row] = torch.cat(heads, 1) @ attention.output.weight.t()
@@ -55,18 +55,22 @@ def test_with_rotary_positions_the_order_of_events_matters(x, mask):
 
 
 def test_rotated_scores_depend_on_the_distance_only():
-    q, k = torch.randn(2, 1, D, dtype=torch.double)
+    q, k = torch.randn(2, 1, D)
 
     def score(first, second):
-        turned = [
-            rotate(x, rotary_angles(torch.tensor([p]), D).double())
-            for x, p in zip((q, k), (first, second), strict=True)
-        ]
+        turned = [rotate(x, rotary_factors(torch.tensor([p]), D)) for x, p in ((q, first), (k, second))]
         return (turned[0] * turned[1]).sum()
 
-    torch.testing.assert_close(score(7, 3), score(104, 100), rtol=1e-5, atol=1e-5)
-    assert abs(score(7, 3) - score(7, 4)) > 1e-3
-    torch.testing.assert_close(rotate(q, rotary_angles(torch.tensor([0]), D).double()), q)
+    torch.testing.assert_close(score(7, 3), score(104, 100), rtol=1e-4, atol=1e-4)
+    assert abs(score(7, 3) - score(7, 5)) > 1e-3
+    assert torch.equal(rotate(q, rotary_factors(torch.tensor([0]), D)), q)
+
+
+def test_rotation_turns_pairs_of_columns_by_position_times_frequency():
+    angle = torch.tensor(3.0 * 10_000 ** (-2 / D))  # the second pair, at position 3
+    turned = rotate(torch.eye(D)[2:3], rotary_factors(torch.tensor([3]), D))[0]
+    torch.testing.assert_close(turned[2:4], torch.stack([angle.cos(), angle.sin()]))
+    assert turned.count_nonzero() == 2
 
 
 def test_queries_see_only_keys_that_are_there(x, mask):
