@@ -67,3 +67,26 @@ def test_tasks_that_do_not_fit_are_errors():
         ESMM(LABELS, 6, conversion="dwell")
     with pytest.raises(UserError, match="click and conversion are both 'buy'"):
         ESMM(LABELS, 6, click="buy", conversion="buy")
+
+
+def test_the_rate_after_a_click_is_learned_without_a_loss_of_its_own():
+    """The labels are clicks and "clicked and converted"; what is learned is right for rows without a click, too."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20_000, 6, generator=generator)
+    rates = torch.sigmoid(x @ torch.randn(6, 2, generator=generator) - 0.5)  # of a click, of a conversion after it
+    events = (torch.rand(rates.shape, generator=generator) < rates).float()
+    torch.manual_seed(0)
+    head = ESMM([Label("click"), Label("conversion")], 6)
+    labels, optimizer = events.cumprod(1), torch.optim.LBFGS(head.parameters(), max_iter=50)
+
+    def loss():
+        optimizer.zero_grad()
+        value = F.binary_cross_entropy_with_logits(head(x).logits, labels)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    found = torch.sigmoid(head(x).extra["conversion_given_click"].detach())
+    no_click = events[:, 0] == 0
+    assert (found - rates[:, 1])[no_click].abs().mean() < 0.02
+    torch.testing.assert_close(found[no_click].mean(), rates[no_click, 1].mean(), rtol=0.03, atol=0)
