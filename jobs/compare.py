@@ -63,12 +63,17 @@ def contests(config: Config) -> Iterator[Contest]:
     """What the config asks for; an unknown name is a `UserError` with the nearest one."""
     for name, comparison in _chosen(config["comparisons"], config["comparison"], "comparison").items():
         for title, data in _chosen(comparison["sets"], config["set"], "set").items():
+            source = data.get("source")
+            if source is not None and config["sources"][source] is None:
+                print(f"{name}: {title} is left out: give sources.{source}=FOLDER")
+                continue
+            given = [] if source is None else [f"data.prepare.source={config['sources'][source]}"]
             models = dict.fromkeys([comparison["baseline"], *(config["models"] or comparison["models"])])
             yield Contest(
                 name,
                 title,
                 data["task"],
-                [*config["all_runs"], *data["overrides"]],
+                [*config["all_runs"], *data["overrides"], *given],
                 {model: _chosen(comparison["models"], model, "models")[model] for model in models},
                 config["trials"],
                 data.get("seeds", config["seeds"]),
