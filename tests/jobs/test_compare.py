@@ -91,5 +91,7 @@ def test_every_model_of_the_comparisons_can_be_made(comparison, model):
         found = compose(overrides)
         validate(TrainSettings, found["train"], "train")
     history = Sequence("history", (SequenceFeature("events", "c0", encoding="index"),), max_length=5)
-    schema = dataclasses.replace(criteo_shaped_schema(), sequences=(history,))
+    schema = criteo_shaped_schema()
+    items = tuple(dataclasses.replace(feature, side="item") for feature in schema.sparse)
+    schema = dataclasses.replace(schema, sparse=items, sequences=(history,))
     instantiate(found["model"], schema=schema, seed=0, device="meta")
