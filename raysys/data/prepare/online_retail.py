@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from raysys.data.columns import integers, numbers, seconds, whole
 from raysys.data.prepare.dataset import SPLITS, check_local, is_prepared, prepare_folder, write_table
-from raysys.data.prepare.online_retail_features import HISTORY, Log, build
+from raysys.data.prepare.online_retail_features import HISTORY, Draw, Log, build
 from raysys.data.source import SUFFIXES, fingerprint, open_source, read_batches
 from raysys.errors import UserError, nearest
 from raysys.schema import (
@@ -48,6 +48,7 @@ def prepare(
     folder: str | Path,
     source: str | Path | None = None,
     negatives: int = 1,
+    draw: Draw = "uniform",
     train_rows: int | None = 200_000,
     group: Group = "request",
     seed: int = 0,
@@ -56,8 +57,8 @@ def prepare(
     """Write train, valid, test and items as Parquet, with schema.yaml, unless they are there.
 
     source: a folder of Parquet or CSV files (or one file) with the columns of the published workbook, whose sheets may
-    overlap. negatives: items drawn for each one bought, with `seed`; see `online_retail_features`. train_rows: whole
-    requests are left out by their hash until train has no more rows, and the same share of the other splits; None keeps
+    overlap. negatives: items drawn for each one bought, with `seed`: "uniform" or "popular" as `draw` says, see
+    `online_retail_features`. train_rows: whole requests are left out by their hash until train has no more rows, and the same share of the other splits; None keeps
     all. group: whose rows GAUC and losses within a group compare, those of one "request" (a basket) or of one "user".
     """
     if source is None and is_prepared(folder):
@@ -67,8 +68,9 @@ def prepare(
         raise UserError(
             "online_retail: source is not given", f"the UCI repository {PUBLISHED}; data.prepare.source=FOLDER"
         )
-    if group not in get_args(Group):
-        raise UserError(f"online_retail: group is {group!r}", nearest(group, get_args(Group)))
+    for key, choice, known in (("group", group, get_args(Group)), ("draw", draw, get_args(Draw))):
+        if choice not in known:
+            raise UserError(f"online_retail: {key} is {choice!r}", nearest(choice, known))
     for key, value in (("negatives", negatives), ("train_rows", train_rows)):
         if value is not None and value < 1:
             raise UserError(f"online_retail: {key} is {value}", "a positive whole number is expected")
@@ -76,6 +78,7 @@ def prepare(
         "data": "online-retail-ii",
         "source": fingerprint(source),
         "negatives": negatives,
+        "draw": draw,
         "train_rows": train_rows,
         "group": group,
         "seed": seed,
@@ -83,7 +86,7 @@ def prepare(
     }
 
     def write(partial: Path) -> None:
-        parts, catalogue = build(read_log(source), negatives, train_rows, seed)
+        parts, catalogue = build(read_log(source), negatives, draw, train_rows, seed)
         online_retail_schema(parts[0], catalogue, group, embedding_dim).save(partial / "schema.yaml")
         for name, part in zip(SPLITS, parts, strict=True):
             write_table(partial / f"{name}.parquet", part)

@@ -2,8 +2,8 @@
 
 A request is what a customer buys at one moment. Its candidates are the items sold to anyone in the `CANDIDATE_DAYS` before;
 those bought are its positives (an item that nobody bought in this time could be told from every negative, and is no row).
-Negatives are drawn from the lines sold in that time, so in proportion to how often an item sells: popularity alone does not
-tell them apart. What was bought in the request is not drawn for it, nor is an item twice.
+Negatives are other candidates, none of them twice in a request: drawn evenly, or from the lines sold in that time, so in
+proportion to how often an item sells, and popularity alone tells nothing.
 
 Validation and test start at the times that 80% and 90% of the lines with a full return window come before. A label may not
 look across the end of train: the window of a training row ends before validation starts, or the row has no label.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +31,7 @@ RETURN_DAYS = 60
 DAY = 86_400
 _ROUNDS = 100  # of drawing; few requests have so few candidates that one is left without
 
+Draw = Literal["uniform", "popular"]
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
@@ -68,7 +70,7 @@ class Log:
         return np.cumsum((np.diff(self.time, prepend=-1) != 0) | (np.diff(self.user, prepend=-1) != 0)) - 1
 
 
-def build(log: Log, negatives: int, train_rows: int | None, seed: int) -> tuple[list[pa.Table], pa.Table]:
+def build(log: Log, negatives: int, draw: Draw, train_rows: int | None, seed: int) -> tuple[list[pa.Table], pa.Table]:
     """The rows of train, valid and test in the order of time, those of a request together, and the catalogue after train."""
     bought, returned = log.lines(log.quantity > 0), log.lines(log.quantity < 0)
     end = int(log.time.max(initial=0))
@@ -79,7 +81,7 @@ def build(log: Log, negatives: int, train_rows: int | None, seed: int) -> tuple[
     positive = np.flatnonzero(_sold_lately(bought))
     if train_rows is not None:
         positive = _sampled(bought, positive, cuts[0], train_rows // (1 + negatives), seed)
-    line, item = _rows(bought, positive, negatives, seed)  # for each row, the line of its positive
+    line, item = _rows(bought, positive, negatives, draw, seed)  # for each row, the line of its positive
     split = time_split(bought.time[line], cuts)
     check_split(np.bincount(split, minlength=len(SPLITS)), "time", "online_retail")
     is_bought = bought.item[line] == item
@@ -125,34 +127,51 @@ def _sampled(bought: Log, positive: Integers, train_end: int, most: int, seed: i
     return positive if len(in_train) <= most else positive[hashes < in_train[most]]
 
 
-def _rows(bought: Log, positive: Integers, negatives: int, seed: int) -> tuple[Integers, Integers]:
+def _rows(bought: Log, positive: Integers, negatives: int, draw: Draw, seed: int) -> tuple[Integers, Integers]:
     """The line and the item of each row, by request and item: every positive with its own item and `negatives` others."""
     line = np.repeat(positive, negatives)
-    request, number = bought.request[line], len(bought.titles)
-    first = np.searchsorted(bought.time, bought.time[line] - CANDIDATE_DAYS * DAY)
-    count = (
-        np.searchsorted(bought.time, bought.time[line]) - first
-    )  # lines that could be drawn; not 0: see _sold_lately
     item = np.full(len(line), -1)
+    number = len(bought.titles)
     taken = bought.request * number + bought.item  # sorted; np.isin hashes all of it each round
     left = np.arange(len(line))
+    candidates = _Candidates(bought)
     generator = np.random.default_rng(seed)
     for _ in range(_ROUNDS):
-        drawn = bought.item[first[left] + (generator.random(len(left)) * count[left]).astype(np.int64)]
-        key = request[left] * number + drawn
+        drawn, allowed = candidates.draw(bought.time[line[left]], draw, generator)
+        key = bought.request[line[left]] * number + drawn
         new = np.zeros(len(left), np.bool_)
         new[np.unique(key, return_index=True)[1]] = True
-        new &= taken[np.minimum(np.searchsorted(taken, key), len(taken) - 1)] != key
+        new &= allowed & (taken[np.minimum(np.searchsorted(taken, key), len(taken) - 1)] != key)
         item[left[new]] = drawn[new]
         taken = np.sort(np.concatenate([taken, key[new]]), kind="stable")
         left = left[~new]
         if len(left) == 0:
             break
-    drawn_rows = item >= 0
-    line = np.concatenate([positive, line[drawn_rows]])
-    item = np.concatenate([bought.item[positive], item[drawn_rows]])
+    found = item >= 0
+    line = np.concatenate([positive, line[found]])
+    item = np.concatenate([bought.item[positive], item[found]])
     order = np.lexsort((item, bought.request[line]))
     return line[order], item[order]
+
+
+class _Candidates:
+    """What sold in the `CANDIDATE_DAYS` before a time."""
+
+    def __init__(self, bought: Log) -> None:
+        self.bought = bought
+        self.span = int(bought.time.max()) + 1
+        self.sold = np.sort(bought.item * self.span + bought.time)
+
+    def draw(self, time: Integers, draw: Draw, generator: np.random.Generator) -> tuple[Integers, NDArray[np.bool_]]:
+        """An item for each time at which there are candidates, and whether it is one of them: "uniform" needs tries."""
+        share, earliest = generator.random(len(time)), np.maximum(time - CANDIDATE_DAYS * DAY, 0)
+        if draw == "popular":
+            first = np.searchsorted(self.bought.time, earliest)
+            count = np.searchsorted(self.bought.time, time) - first
+            return self.bought.item[first + (share * count).astype(np.int64)], np.ones(len(time), np.bool_)
+        item = (share * len(self.bought.titles)).astype(np.int64)
+        start = np.searchsorted(self.sold, item * self.span + earliest)
+        return item, start < np.searchsorted(self.sold, item * self.span + time)
 
 
 def _comes_back(bought: Log, returned: Log) -> NDArray[np.bool_]:

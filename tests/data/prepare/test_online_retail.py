@@ -106,11 +106,19 @@ def test_there_are_as_many_negatives_as_asked_for(rows, tmp_path):
     assert all(pc.mean(table["purchase"]).as_py() == pytest.approx(0.25, abs=0.002) for table in tables.values())
 
 
-def test_negatives_are_drawn_as_often_as_an_item_sells(rows):
-    counts = {purchase: Counter(r["item_id"] for r in rows if r["purchase"] == purchase) for purchase in (0, 1)}
-    items = sorted(counts[0].keys() | counts[1].keys())
-    correlation = np.corrcoef([[counts[purchase][item] for item in items] for purchase in (0, 1)])[0, 1]
-    assert correlation > 0.5  # uniform draws: 0
+def test_uniform_draws_do_not_follow_what_sells_and_popular_ones_do(rows, lines, tmp_path):
+    prepare(tmp_path / "popular", source=SAMPLE, draw="popular")
+    popular = [row for table in read(tmp_path / "popular").values() for row in table.to_pylist()]
+    bought = set(lines["bought"])
+    found = {}
+    for draw, drawn_rows in (("uniform", rows), ("popular", popular)):
+        counts = {
+            purchase: Counter(r["item_id"] for r in drawn_rows if r["purchase"] == purchase) for purchase in (0, 1)
+        }
+        items = sorted(counts[0].keys() | counts[1].keys())
+        found[draw] = np.corrcoef([[counts[purchase][item] for item in items] for purchase in (0, 1)])[0, 1]
+        assert not any((r["time"], r["user_id"], r["item_id"]) in bought for r in drawn_rows if not r["purchase"])
+    assert found["popular"] > found["uniform"] + 0.1
 
 
 def test_returned_looks_60_days_ahead_and_never_beyond_its_split(rows, lines):
@@ -310,6 +318,7 @@ def write(folder, **changes):
         ({"source": "wrong"}, "year.parquet: not the columns that were expected: "),
         ({"source": "short"}, "online_retail: split 'time' leaves no row for train"),
         ({"source": "short", "group": "basket"}, "online_retail: group is 'basket'\n  hint: "),
+        ({"source": "short", "draw": "populr"}, "online_retail: draw is 'populr'\n  hint: did you mean 'popular'?"),
         ({"source": "short", "negatives": 0}, "online_retail: negatives is 0\n  hint: a positive whole number"),
         ({"source": "short", "train_rows": 0}, "online_retail: train_rows is 0\n  hint: a positive whole number"),
     ],
