@@ -1,0 +1,425 @@
+"""UKDSL: its losses and gradients, what it recovers, and why a funnel needs it (the simulations of its brief)."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from raysys.config import compose, instantiate
+from raysys.errors import UserError
+from raysys.models.outputs import Embedded, Output
+from raysys.objectives.importance import feature_importance
+from raysys.objectives.supervised import Supervised
+from raysys.objectives.ukdsl import UKDSL
+from raysys.schema import (
+    DenseFeature,
+    ExtraColumn,
+    FeatureSchema,
+    Label,
+    Sequence,
+    SequenceFeature,
+    SparseFeature,
+    Table,
+)
+
+WIDTH = 12
+SCHEMA = FeatureSchema(
+    dense=tuple(DenseFeature(f"x{place}") for place in range(WIDTH)),
+    labels=(
+        Label("click", required=False),
+        Label("spend", kind="regression", required=False),
+        Label("buy", required=False),
+    ),
+    extra=(ExtraColumn("teacher_click"), ExtraColumn("teacher_buy"), ExtraColumn("u"), ExtraColumn("age", "int")),
+)
+TEACHERS = {"click": "teacher_click", "buy": "teacher_buy"}
+
+
+class Student(nn.Module):
+    """A hidden layer that all tasks share (or none), and a linear head."""
+
+    def __init__(self, hidden: int | None = 6) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.trunk = nn.Identity() if hidden is None else nn.Sequential(nn.Linear(WIDTH, hidden), nn.Tanh())
+            self.head = nn.Linear(hidden or WIDTH, 3)
+
+    def embed(self, batch) -> Embedded:
+        return Embedded(torch.zeros(len(batch.dense), 0, 1), (), {}, batch.dense)
+
+    def interact(self, embedded: Embedded) -> Tensor:
+        return self.trunk(embedded.dense)
+
+    def predict(self, shared: Tensor) -> Output:
+        return Output(self.head(shared), shared, shared[:, None])
+
+
+def rows(labeled: int = 20, unlabeled: int = 30, padding: int = 3, rate: float = 1.0) -> SimpleNamespace:
+    """Labelled rows, unlabelled ones, padding."""
+    random, total = torch.Generator().manual_seed(6), labeled + unlabeled + padding
+    place = torch.arange(total)
+    mask, real = (place < labeled)[:, None].expand(total, 3), place < labeled + unlabeled
+    labels = torch.randint(0, 2, (total, 3), generator=random).float() * mask
+    drawn = torch.rand(total, 2, generator=random)
+    return SimpleNamespace(
+        dense=torch.randn(total, WIDTH, generator=random) * real[:, None],
+        labels=labels,
+        label_mask=mask,
+        weight=(torch.rand(total, 3, generator=random) + 0.5) * mask,
+        example_id=place.where(real, -1),
+        extra={
+            "teacher_click": drawn[:, 0] * real,
+            "teacher_buy": drawn[:, 1] * real,
+            "u": (torch.rand(total, generator=random) + 0.5) / rate * real,
+        },
+    )
+
+
+def run(objective: nn.Module, batch, model: Student | None = None) -> tuple[Tensor, dict[str, Tensor], dict]:
+    model = model or Student()
+    loss, _, parts = objective(model, batch, model.embed(batch))
+    loss.backward()
+    return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}, parts
+
+
+def assert_identical(first: tuple, second: tuple) -> None:
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
+
+
+def test_without_weights_it_is_supervised_training():
+    objective = UKDSL(SCHEMA, teachers=TEACHERS, unlabeled_weight=0.0)
+    assert_identical(run(objective, rows()), run(Supervised(SCHEMA), rows()))
+
+
+def test_a_teacher_that_repeats_the_labels_is_supervised_training():
+    batch = rows(unlabeled=0)
+    batch.extra |= {"teacher_click": batch.labels[:, 0], "teacher_buy": batch.labels[:, 2]}
+    objective = UKDSL(SCHEMA, teachers=TEACHERS, labeled_share=1.0)
+    assert_identical(run(objective, batch), run(Supervised(SCHEMA), rows(unlabeled=0)))
+
+
+def test_the_share_of_the_teacher_on_labelled_rows_by_hand():
+    batch = rows(unlabeled=0, padding=0)
+    batch.extra["teacher_click"][:5] = float("nan")  # a null
+    loss, _, _ = run(UKDSL(SCHEMA, teachers={"click": "teacher_click"}, labeled_share=0.3), batch)
+    model, plain = Student(), run(Supervised(SCHEMA), rows(unlabeled=0, padding=0))[0]
+    logit = model.head(model.trunk(batch.dense))[:, 0].detach()
+    cross = nn.functional.binary_cross_entropy_with_logits
+    teacher = batch.extra["teacher_click"].nan_to_num(0.5)
+    change = cross(logit, teacher, reduction="none") - cross(logit, batch.labels[:, 0], reduction="none")
+    weight = batch.weight[:, 0]
+    expected = plain + 0.3 * (weight * change)[5:].sum() / weight.sum()
+    torch.testing.assert_close(loss, expected)
+
+
+def test_the_gradient_of_an_unlabelled_row_and_none_for_the_teacher():
+    batch, model, logits = rows(), Student(), []
+    for name in ("teacher_click", "teacher_buy", "u"):
+        batch.extra[name].requires_grad_()
+    predict = model.predict
+
+    def keep(shared: Tensor) -> Output:
+        output = predict(shared)
+        output.logits.retain_grad()
+        logits.append(output.logits)
+        return output
+
+    model.predict = keep
+    objective = UKDSL(SCHEMA, teachers=TEACHERS, sampling_weight="u", unlabeled_weight=0.7)
+    run(objective, batch, model)
+    unlabeled, u = slice(20, 50), batch.extra["u"].detach()[20:50]
+    for task, column in ((0, "teacher_click"), (2, "teacher_buy")):
+        expected = 0.7 * u * (logits[0][unlabeled, task].sigmoid() - batch.extra[column][unlabeled]) / u.sum()
+        torch.testing.assert_close(logits[0].grad[unlabeled, task], expected.detach())
+    assert not logits[0].grad[unlabeled, 1].any()
+    assert not logits[0].grad[50:].any()  # padding
+    assert all(batch.extra[name].grad is None for name in ("teacher_click", "teacher_buy", "u"))
+
+
+def test_temperature_and_squared_logits_by_hand():
+    batch = rows(labeled=0, padding=0)
+    model, teacher = Student(), batch.extra["teacher_click"].double()
+    logit = model.head(model.trunk(batch.dense))[:, 0].detach().double()
+    target = teacher.logit()
+    soft = (target / 2).sigmoid()
+    bce = 4 * nn.functional.binary_cross_entropy_with_logits(logit / 2, soft)
+    for keys, expected in (({"temperature": 2.0}, bce), ({"loss": "mse_logit"}, (logit - target).square().mean())):
+        loss, _, parts = run(UKDSL(SCHEMA, teachers={"click": "teacher_click"}, **keys), batch)
+        assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+        assert float(parts["click_teacher"]) == pytest.approx(float(expected), rel=1e-5)
+        assert float(parts["click_teacher_bias"]) == pytest.approx(float((logit.sigmoid() - teacher).mean()), abs=1e-6)
+
+
+def test_the_auxiliary_head_shields_the_main_one():
+    objective = UKDSL(SCHEMA, teachers=TEACHERS, head_mode="aux", shared_width=6, aux_hidden=(4,))
+    _, gradients, _ = run(objective, rows(labeled=0))
+    assert not gradients["head.weight"].any()
+    assert not gradients["head.bias"].any()
+    assert gradients["trunk.0.weight"].any()
+    assert all(parameter.grad.any() for parameter in objective.aux[1].parameters())
+    supervised, both = run(Supervised(SCHEMA), rows())[1], run(objective, rows())[1]
+    assert torch.equal(both["head.weight"], supervised["head.weight"])
+    assert not torch.equal(both["trunk.0.weight"], supervised["trunk.0.weight"])
+    with pytest.raises(UserError) as error:
+        UKDSL(SCHEMA, teachers=TEACHERS, head_mode="aux", shared_width=7)(Student(), rows(), Student().embed(rows()))
+    assert error.value.message == "objective.shared_width is 7, and the model's interact returns 6 columns"
+
+
+def test_a_sample_of_the_unlabelled_rows_leaves_the_expected_loss():
+    batch, objective = (
+        rows(labeled=10, unlabeled=20_000, padding=0),
+        UKDSL(SCHEMA, teachers=TEACHERS, sampling_weight="u"),
+    )
+    batch.extra["u"] = torch.ones(20_010)
+    whole, sampled = float(run(objective, batch)[0]), []
+    for seed in range(40):
+        kept = torch.rand(20_010, generator=torch.Generator().manual_seed(seed)) < 0.1
+        kept[:10] = True
+        part = {name: value[kept] for name, value in vars(batch).items() if name != "extra"}
+        extra = {name: value[kept] for name, value in batch.extra.items()}
+        extra["u"] = extra["u"] * 10
+        sampled.append(float(run(objective, SimpleNamespace(**part, extra=extra))[0]))
+    error = np.std(sampled) / np.sqrt(len(sampled))
+    assert abs(np.mean(sampled) - whole) < 4 * error
+    assert error < 0.01
+
+
+def test_labelled_parts_are_not_changed_by_unlabelled_rows():
+    alone, beside = (run(UKDSL(SCHEMA, teachers=TEACHERS), rows(unlabeled=n))[2] for n in (0, 30))
+    part = rows(unlabeled=30)
+    only = {name: value[:20] for name, value in vars(part).items() if name != "extra"}
+    extra = {name: value[:20] for name, value in part.extra.items()}
+    alone = run(UKDSL(SCHEMA, teachers=TEACHERS), SimpleNamespace(**only, extra=extra))[2]
+    for task in SCHEMA.tasks:
+        torch.testing.assert_close(alone[task], beside[task])
+    assert alone["click_teacher"] == alone["click_teacher_bias"] == 0
+    assert not part.weight[20:].any()  # what metrics multiply by
+
+
+def fit(model: nn.Module, objective: nn.Module, batch) -> None:
+    """To the optimum of a convex loss."""
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = objective(model, batch, model.embed(batch))[0]
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
+def test_a_student_recovers_a_logistic_teacher_from_unlabelled_rows():
+    batch, truth = rows(labeled=0, unlabeled=5000, padding=0), torch.linspace(-1, 1, WIDTH)
+    batch.extra["teacher_click"] = (batch.dense @ truth - 0.5).sigmoid()
+    model = Student(hidden=None)
+    fit(model, UKDSL(SCHEMA, teachers={"click": "teacher_click"}), batch)
+    assert float((model.head.weight[0] - truth).norm() / truth.norm()) < 0.02
+    assert float(model.head.bias[0]) == pytest.approx(-0.5, abs=0.02)
+
+
+# --- Simulation A: the winner's curse. Selecting by a noisy estimate makes it too high for what was selected. ---
+
+CALIBRATION = {
+    0.0: (1.00, 1.00, 1.00, 1.00, 1.00),
+    0.25: (1.08, 1.07, 1.06, 1.02, 1.00),
+    0.5: (1.31, 1.28, 1.21, 1.07, 1.00),
+    1.0: (2.23, 2.09, 1.78, 1.22, 1.00),
+}
+
+
+@pytest.mark.parametrize("noise", CALIBRATION)
+def test_simulation_a_selection_makes_predictions_too_high(noise):
+    random = np.random.default_rng(3)
+    true = random.normal(-3, 1, (4000, 200))
+    logit = true + random.normal(0, noise, true.shape)
+    p = sigmoid(true)
+    low, high = -10.0, 10.0
+    for _ in range(30):  # the shift with which the mean prediction is right over all candidates
+        shift = (low + high) / 2
+        low, high = (low, shift) if sigmoid(logit + shift).mean() > p.mean() else (shift, high)
+    tolerance = 0.1 if noise == 1.0 else 0.03
+    assert selected_calibration(sigmoid(logit + shift), p) == pytest.approx(CALIBRATION[noise], abs=tolerance)
+    variance = noise**2 / (1 + noise**2)  # of the true logit, given the noisy one
+    points, weights = np.polynomial.hermite_e.hermegauss(21)
+    mean = -3 + (logit + 3) / (1 + noise**2)
+    posterior = sum(w * sigmoid(mean + variance**0.5 * x) for x, w in zip(points, weights / weights.sum(), strict=True))
+    assert selected_calibration(posterior, p) == pytest.approx([1.0] * 5, abs=0.02)
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def selected_calibration(prediction: np.ndarray, p: np.ndarray) -> list[float]:
+    """Predicted over true for the k candidates of each request with the highest predictions."""
+    order = np.argsort(-prediction, 1)
+    ranked, true = np.take_along_axis(prediction, order, 1), np.take_along_axis(p, order, 1)
+    return [float(ranked[:, :k].sum() / true[:, :k].sum()) for k in (1, 5, 20, 100, 200)]
+
+
+# --- Simulation B: a student of an early stage, trained on impressions, or on candidates that the final stage scored. ---
+
+
+def test_simulation_b_distillation_finds_more_of_the_final_top_and_is_calibrated(record_figure):
+    recall: dict[str, list[float]] = {"impressions": [], "distilled": []}
+    calibration: dict[str, list[float]] = {"impressions": [], "distilled": []}
+    for seed in range(5):
+        for name, (found, predicted_over_true) in two_stages(seed).items():
+            recall[name].append(found)
+            calibration[name].append(predicted_over_true)
+            record_figure(f"{name}_recall", found, seed=seed)
+            record_figure(f"{name}_calibration", predicted_over_true, seed=seed)
+    assert all(after > before for before, after in zip(recall["impressions"], recall["distilled"], strict=True))
+    assert np.mean(recall["impressions"]) == pytest.approx(0.470, abs=0.1)
+    assert np.mean(recall["distilled"]) == pytest.approx(0.585, abs=0.1)
+    assert np.mean(calibration["impressions"]) > 3
+    assert calibration["distilled"] == pytest.approx([1] * 5, abs=0.05)
+
+
+def two_stages(seed: int) -> dict[str, tuple[float, float]]:
+    """Recall@(5,10) and calibration over all candidates of a student of impressions, and of one of final-stage scores."""
+    random = torch.Generator().manual_seed(seed)
+    click, quality = torch.randn(24, generator=random), torch.randn(24, generator=random)
+    quality[12:] = 0
+    click, quality = 1.5 * click / click.norm(), 1.5 * quality / quality.norm()
+    x = torch.randn(2000, 100, 24, generator=random)
+    p = (x @ click - 3).sigmoid()
+    bid = torch.exp(0.5 * torch.randn(2000, 100, generator=random))
+    value = bid * p - (x @ quality - 3).sigmoid()
+    clicked = torch.bernoulli(p, generator=random)
+    seen, train = x[..., :12], slice(0, 1000)
+    shown = value[train].topk(3).indices
+    kept = torch.rand(1000, 100, generator=random).topk(20).indices
+    impressions = student_rows(gather(seen[train], shown), gather(clicked[train], shown), None)
+    distilled = student_rows(gather(seen[train], kept), None, gather(p[train], kept))
+    results = {}
+    for name, batch in (("impressions", impressions), ("distilled", distilled)):
+        model = Student(hidden=None)
+        fit(model, UKDSL(SCHEMA, teachers={"click": "teacher_click"}), batch)
+        with torch.no_grad():
+            predicted = model.head(seen[1000:])[..., 0].sigmoid()
+        calibration = float(predicted.sum() / p[1000:].sum())
+        results[name] = (recall_at(bid[1000:] * predicted, value[1000:]), calibration)
+    return results
+
+
+def gather(values: Tensor, places: Tensor) -> Tensor:
+    index = places if values.dim() == 2 else places[..., None].expand(*places.shape, values.shape[2])
+    return values.gather(1, index).flatten(0, 1)
+
+
+def student_rows(x: Tensor, labels: Tensor | None, teacher: Tensor | None) -> SimpleNamespace:
+    mask = torch.zeros(len(x), 3, dtype=torch.bool)
+    mask[:, 0] = labels is not None
+    full = torch.zeros(len(x), 3)
+    full[:, 0] = 0 if labels is None else labels
+    column = torch.full((len(x),), float("nan")) if teacher is None else teacher
+    return SimpleNamespace(
+        dense=x,
+        labels=full,
+        label_mask=mask,
+        weight=mask.float(),
+        example_id=torch.arange(len(x)),
+        extra={"teacher_click": column},
+    )
+
+
+def recall_at(score: Tensor, value: Tensor) -> float:
+    """The share of the final top 5 among the student's top 10."""
+    top, candidates = value.topk(5).indices, score.topk(10).indices
+    return float((top[..., None] == candidates[:, None]).any(2).float().mean())
+
+
+# --- Feature selection without labels ---
+
+
+def test_importance_finds_planted_features_and_reads_no_label():
+    batch, model = rows(labeled=0, unlabeled=400, padding=20), Student(hidden=None)
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.weight[0, :4] = torch.tensor([2.0, -1.0, 0.5, 0.0])
+        model.head.weight[0, 4:] = 0.01
+    names = ("dense", "example_id")
+    blind = Rows(**{name: getattr(batch, name) for name in names})  # it has nothing else
+    found = {name: float(value[0]) for name, value in feature_importance(model, [blind], SCHEMA).items()}
+    assert found["x3"] == 0.0
+    assert found["x0"] > found["x1"] > found["x2"] > 10 * max(found[f"x{place}"] for place in range(4, WIDTH))
+    assert model.training
+
+
+class Rows(SimpleNamespace):
+    def __len__(self) -> int:
+        return len(self.example_id)
+
+
+def test_importance_of_embeddings_sequences_and_flags():
+    schema = FeatureSchema(
+        tables=(Table("item", 30, 4),),
+        dense=(DenseFeature("age", missing_flag=True),),
+        sparse=(SparseFeature("a", "item"), SparseFeature("b", "item")),
+        sequences=(Sequence("history", (SequenceFeature("clicked", "item"),), max_length=5),),
+        labels=(Label("click"),),
+    )
+
+    class Uses(nn.Module):
+        def __init__(self, *parts: str) -> None:
+            super().__init__()
+            self.parts = parts
+
+        def embed(self, batch) -> Embedded:
+            random = torch.Generator().manual_seed(1)
+            draw = torch.randn(50, 8, 4, generator=random)
+            return Embedded(draw[:, :2], ("a", "b"), {"history": (draw[:, 2:7], draw[:, 2:7, 0] > 0)}, draw[:, 7, :2])
+
+        def interact(self, embedded: Embedded) -> Tensor:
+            values, mask = embedded.sequences["history"]
+            parts = {
+                "age": embedded.dense[:, 1],  # the flag alone
+                "a": embedded.tokens[:, 0].sum(1),
+                "b": embedded.tokens[:, 1].sum(1),
+                "history": (values * mask[..., None]).sum((1, 2)),
+            }
+            return torch.stack([parts[name] for name in self.parts]).sum(0)[:, None]
+
+        def predict(self, shared: Tensor) -> Output:
+            return Output(shared, shared, shared[:, None])
+
+    blind = Rows(example_id=torch.arange(50))
+    for used in ("age", "a", "b", "history"):
+        found = feature_importance(Uses(used), [blind], schema, repeats=2)
+        assert [name for name, value in found.items() if value > 0] == [used]
+
+
+def test_the_yaml_file_has_the_defaults_of_the_class():
+    given = instantiate(compose(["objective=ukdsl"])["objective"] | {"teachers": TEACHERS}, schema=SCHEMA)
+    default = UKDSL(SCHEMA, teachers=TEACHERS)
+    plain = {key: value for key, value in vars(given).items() if isinstance(value, float | str | bool | list | None)}
+    assert plain == {key: vars(default)[key] for key in plain}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"teachers": {}}, "objective.teachers names no task"),
+        ({"teachers": {"clicks": "teacher_click"}}, "objective.teachers: no binary task 'clicks' in schema"),
+        ({"teachers": {"spend": "teacher_click"}}, "objective.teachers: no binary task 'spend' in schema"),
+        ({"teachers": {"click": "age"}}, "objective.teachers.click: no float column 'age' in extra of schema"),
+        ({"sampling_weight": "w"}, "objective.sampling_weight: no float column 'w' in extra of schema"),
+        ({"loss": "kl"}, "objective.loss is 'kl'"),
+        ({"head_mode": "own"}, "objective.head_mode is 'own'"),
+        ({"labeled_share": 1.5}, "objective.labeled_share is 1.5"),
+        ({"temperature": 0.0}, "objective.temperature is 0.0"),
+        ({"head_mode": "aux"}, "objective.head_mode=aux needs objective.shared_width, and labeled_share 0"),
+    ],
+)
+def test_wrong_settings_are_named(options, message):
+    with pytest.raises(UserError) as error:
+        UKDSL(SCHEMA, **({"teachers": TEACHERS} | options))
+    assert error.value.message == message
