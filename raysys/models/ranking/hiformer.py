@@ -33,8 +33,8 @@ class Hiformer(RankingModel):
     dropout: of what the attention and the MLP of a layer add, and in the towers. activation: of layers, `bottom` and towers.
 
     Equations and sizes are those of two public notes on the paper that agree, and of its published parameter counts, which
-    these layers have; the paper itself was not seen, and no result on public data is known. Not said there, and our choice:
-    where the norms stand, queries of deeper layers, the initial weights, the defaults of the sizes.
+    these layers have; of the paper itself only the abstract was seen, and no result on public data is known. Not said there,
+    and our choice: where the norms stand, queries of deeper layers, the initial weights, the defaults of the sizes.
     The other arguments are those of `RankingModel`.
     """
 
