@@ -149,7 +149,7 @@ def _takes_an_input_per_task(model: Ranker) -> bool:
     """Whether `predict` is separate towers, which also take [T, B, H]."""
     if not isinstance(model, RankingModel) or type(model).predict is not RankingModel.predict:
         return False
-    return isinstance(model.towers, TaskTowers) and getattr(model.towers, "parts", 1) == 1
+    return isinstance(model.towers, TaskTowers) and model.towers.parts == 1
 
 
 def check_key(key: str, value: Any, holds: bool, expected: str) -> None:
