@@ -202,6 +202,41 @@ def test_labelled_parts_are_not_changed_by_unlabelled_rows():
     assert not part.weight[20:].any()  # what metrics multiply by
 
 
+@pytest.mark.parametrize(
+    "keys", [{"labeled_share": 0.4}, {"head_mode": "aux", "shared_width": 6}], ids=["shared", "aux"]
+)
+def test_two_ranks_average_to_the_gradient_of_the_joint_batch(keys, monkeypatch):
+    def build() -> UKDSL:
+        return UKDSL(SCHEMA, teachers=TEACHERS, sampling_weight="u", unlabeled_weight=0.7, **keys)
+
+    def part(places: slice) -> SimpleNamespace:
+        columns = {name: value[places] for name, value in vars(rows()).items() if name != "extra"}
+        return SimpleNamespace(**columns, extra={name: value[places] for name, value in rows().extra.items()})
+
+    def patch(name: str, function) -> None:
+        for module in ("supervised", "ukdsl"):
+            monkeypatch.setattr(f"raysys.objectives.{module}.{name}", function)
+
+    expected_loss, expected, expected_parts = run(build(), rows())
+    halves, sums = [part(slice(0, 13)), part(slice(13, 53))], []
+    for half in halves:  # what each rank would contribute to each sum
+        calls: list[Tensor] = []
+        patch("global_sum", lambda value, calls=calls: calls.append(value.detach()) or value.detach())
+        run(build(), half)
+        sums.append(calls)
+    totals, results = [sum(values) for values in zip(*sums, strict=True)], []
+    patch("world_size", lambda: 2)
+    for half in halves:
+        left = iter(totals)
+        patch("global_sum", lambda value, left=left: next(left))
+        results.append(run(build(), half))
+    torch.testing.assert_close((results[0][0] + results[1][0]) / 2, expected_loss)
+    for name, value in expected.items():
+        torch.testing.assert_close((results[0][1][name] + results[1][1][name]) / 2, value)
+    for name, value in expected_parts.items():
+        torch.testing.assert_close((results[0][2][name] + results[1][2][name]) / 2, value)
+
+
 def fit(model: nn.Module, objective: nn.Module, batch) -> None:
     """To the optimum of a convex loss."""
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=100, line_search_fn="strong_wolfe")
