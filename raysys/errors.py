@@ -26,6 +26,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(choices)}"
 
 
+def check_count(key: str, value: int, least: int = 1) -> int:
+    """A number of something, as it is; a smaller one than `least` is a `UserError` that names the key."""
+    if value < least:
+        raise UserError(f"{key} is {value}", f"at least {least} is expected")
+    return value
+
+
 def first_line(error: Exception) -> str:
     """What an error of another library says, for a message of one line."""
     return str(error).strip().splitlines()[0].rstrip(".")

@@ -63,10 +63,3 @@ def check_levels(widths: Sequence[Sequence[int]]) -> list[list[int]]:
             "give the widths of an expert for each level: [[64], [32]] are two levels, [[64, 32]] is one of two layers",
         )
     return nested
-
-
-def check_count(key: str, value: int, least: int = 1) -> int:
-    """A number of experts; a smaller one than `least` is a `UserError`."""
-    if value < least:
-        raise UserError(f"{key} is {value}", f"at least {least} is expected")
-    return value

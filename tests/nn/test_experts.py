@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from raysys.errors import UserError
-from raysys.nn.experts import Experts, Gate, check_count, check_levels, mix, units
+from raysys.errors import UserError, check_count
+from raysys.nn.experts import Experts, Gate, check_levels, mix, units
 
 
 @pytest.mark.parametrize("counts", [[1, 1, 1], [2, 2, 2], [3, 0, 1]])

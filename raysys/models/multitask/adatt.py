@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from raysys.errors import UserError, nearest
+from raysys.errors import UserError, check_count, nearest
 from raysys.models.heads import TaskTowers
 from raysys.models.outputs import Output
-from raysys.nn.experts import Experts, Gate, check_count, check_levels, mix, units
+from raysys.nn.experts import Experts, Gate, check_levels, mix, units
 from raysys.schema import Label
 
 V_INITS = ("uniform", "mean")

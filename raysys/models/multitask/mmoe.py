@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from raysys.errors import check_count
 from raysys.models.heads import TaskTowers
 from raysys.models.outputs import Output
-from raysys.nn.experts import Experts, Gate, check_count, check_levels, mix
+from raysys.nn.experts import Experts, Gate, check_levels, mix
 from raysys.schema import Label
 
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from raysys.errors import UserError
+from raysys.errors import UserError, check_count
 from raysys.models.heads import TaskTowers
 from raysys.models.outputs import Output
-from raysys.nn.experts import Experts, Gate, check_count, check_levels, mix, units
+from raysys.nn.experts import Experts, Gate, check_levels, mix, units
 from raysys.schema import Label
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from raysys.errors import UserError
+from raysys.errors import check_count
 from raysys.models.outputs import Embedded
 from raysys.models.ranking.base import RankingModel, SharedArguments
 from raysys.nn.mlp import MLP
@@ -52,8 +52,7 @@ class AutoInt(RankingModel):
             **shared,
         )
         for key, value in {"layers": layers, "heads": heads, "head_dim": head_dim}.items():
-            if value < 1:
-                raise UserError(f"{key} is {value}", "at least 1 is expected")
+            check_count(key, value)
         num_tokens, widths = len(self.tokens.names), [embedding_dim] + [heads * head_dim] * (layers - 1)
         with seeded(seed, "interactions"):
             self.layers = nn.Sequential(

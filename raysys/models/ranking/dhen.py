@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from raysys.errors import UserError, nearest
+from raysys.errors import UserError, check_count, nearest
 from raysys.models.outputs import Embedded
 from raysys.models.ranking.base import RankingModel, SharedArguments
 from raysys.nn.interactions import (
@@ -159,8 +159,7 @@ class DHEN(RankingModel):
 
 
 def _modules_per_layer(modules: Sequence[str] | Sequence[Sequence[str]], layers: int) -> list[list[str]]:
-    if layers < 1:
-        raise UserError(f"layers is {layers}", "at least 1 is expected")
+    check_count("layers", layers)
     nested = [list(names) for names in modules if not isinstance(names, str)]
     if not nested:
         return [[str(name) for name in modules]] * layers

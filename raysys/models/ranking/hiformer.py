@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from raysys.errors import UserError
+from raysys.errors import UserError, check_count
 from raysys.models.heads import TaskTowers
 from raysys.models.outputs import Embedded
 from raysys.models.ranking.base import RankingModel, SharedArguments
@@ -117,8 +117,8 @@ class Hiformer(RankingModel):
 
 def _at_least_one(**numbers: int | None) -> None:
     for key, value in numbers.items():
-        if value is not None and value < 1:
-            raise UserError(f"{key} is {value}", "at least 1 is expected")
+        if value is not None:
+            check_count(key, value)
 
 
 def _head_widths(dim: int, heads: int, key_dim: int | None, value_dim: int | None) -> tuple[int, int]:

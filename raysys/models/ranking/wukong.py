@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from raysys.errors import UserError
+from raysys.errors import check_count
 from raysys.models.outputs import Embedded
 from raysys.models.ranking.base import RankingModel, SharedArguments
 from raysys.nn.interactions import TokenMap, TokensFromVector
@@ -120,8 +120,7 @@ class Wukong(RankingModel):
         )
         sizes = {"layers": layers, "fm_tokens": fm_tokens, "linear_tokens": linear_tokens, "rank": rank}
         for name, size in sizes.items():
-            if size < 1:
-                raise UserError(f"{name} is {size}", "at least 1 is expected")
+            check_count(name, size)
         num_tokens = len(self.tokens.names)
         self.layers = nn.Sequential()
         with seeded(seed, "interactions"):
