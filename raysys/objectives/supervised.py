@@ -77,7 +77,7 @@ class Supervised(nn.Module):
         weight = batch.weight * batch.label_mask
         counted = (batch.weight > 0).any(1).float()  # [B]
         totals = global_sum(torch.cat([weight.sum(0), counted.sum()[None]]))  # [T + 1]
-        per_task = world_size() * (weight * rows).sum(0) / _or_one(totals[:-1])  # [T]
+        per_task = world_size() * (weight * rows).sum(0) / or_one(totals[:-1])  # [T]
         return TaskLosses(per_task, totals[:-1], counted, totals[-1])
 
     def weighted(self, losses: TaskLosses) -> Tensor:
@@ -91,7 +91,7 @@ class Supervised(nn.Module):
             squares = (
                 losses.counted * squared_norms(embedded)
             ).sum()  # not a matmul, which autocast would do in bfloat16
-            penalty = 0.5 * self.embedding_l2 * world_size() * squares / _or_one(losses.num_rows)
+            penalty = 0.5 * self.embedding_l2 * world_size() * squares / or_one(losses.num_rows)
             loss, parts["embedding_l2"] = loss + penalty, penalty.detach()
         return loss, parts
 
@@ -123,7 +123,7 @@ def squared_norms(embedded: Embedded) -> Tensor:
     return total
 
 
-def _or_one(total: Tensor) -> Tensor:
+def or_one(total: Tensor) -> Tensor:
     """`total`, and 1 where it is 0: what is divided by it is 0 there as well."""
     return torch.where(total > 0, total, torch.ones_like(total))
 

@@ -13,7 +13,7 @@ from raysys.errors import UserError, nearest
 from raysys.nn.collectives import global_sum, world_size
 from raysys.nn.mlp import MLP, linear
 from raysys.nn.random import seeded
-from raysys.objectives.supervised import Ranker, Supervised
+from raysys.objectives.supervised import Ranker, Supervised, or_one
 from raysys.schema import FeatureSchema
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class UKDSL(Supervised):
         )  # [2, K]
         per_task = losses.per_task.index_add(0, self._places(own), self.unlabeled_weight * means[0])
         if self.labeled_share > 0:
-            shift = self.labeled_share * self._shift(own, teacher, spoke, batch) / _or_one(losses.labelled[self.tasks])
+            shift = self.labeled_share * self._shift(own, teacher, spoke, batch) / or_one(losses.labelled[self.tasks])
             per_task = per_task.index_add(0, self._places(own), shift)
         loss, parts = self.add_up(self.weighted(losses._replace(per_task=per_task)), losses, embedded)
         for name, values in zip(("teacher", "teacher_bias"), means.detach(), strict=True):
@@ -160,7 +160,7 @@ class UKDSL(Supervised):
 
     def _means(self, values: Tensor, weight: Tensor) -> Tensor:
         """The weighted means over the rows of the joint batch, this rank's share: [2, B, K] → [2, K] (collective)."""
-        return world_size() * (weight * values).sum(1) / _or_one(global_sum(weight.sum(0)))
+        return world_size() * (weight * values).sum(1) / or_one(global_sum(weight.sum(0)))
 
     def _places(self, like: Tensor) -> Tensor:
         return torch.tensor(self.tasks, device=like.device)
@@ -170,10 +170,6 @@ class UKDSL(Supervised):
         value = batch.extra[column]
         assert isinstance(value, Tensor)
         return value.detach().float()
-
-
-def _or_one(total: Tensor) -> Tensor:
-    return torch.where(total > 0, total, 1.0)
 
 
 def _check_columns(schema: FeatureSchema, teachers: Mapping[str, str], sampling_weight: str | None) -> None:
