@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -85,7 +85,7 @@ class Apollo(torch.optim.Optimizer):
         return 1 if self.mini else min(self.low_rank.rank or max(4, rows // 4), rows)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Update all parameters that have a gradient."""
         assert closure is None
         for group in self.param_groups:
