@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -46,7 +45,7 @@ class Contest:
 
 def main(config: Config) -> None:
     """Train what is missing, then write the page."""
-    with ProcessPoolExecutor(config["processes"], multiprocessing.get_context("spawn"), os.nice, (0,)) as pool:
+    with ProcessPoolExecutor(config["processes"], multiprocessing.get_context("spawn")) as pool:
         for contest in contests(config):
             prepare_data(contest)
             baseline, *others = contest.models
