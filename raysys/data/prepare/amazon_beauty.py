@@ -45,10 +45,17 @@ PUBLISHED = (
 Integers = NDArray[np.int64]
 
 
-def prepare(folder: str | Path, source: str | Path | None = None, seed: int = 0, embedding_dim: int = 16) -> None:
+def prepare(
+    folder: str | Path,
+    source: str | Path | None = None,
+    seed: int = 0,
+    embedding_dim: int = 16,
+    train_rows: int | None = None,
+) -> None:
     """Write train, valid, test and items as Parquet, with schema.yaml, unless they are there.
 
-    source: a folder with sequences.txt.gz and items.parquet. seed: of the negatives.
+    source: a folder with sequences.txt.gz and items.parquet. seed: of the negatives, and of the users that are kept where
+    `train_rows` limits the rows of train: whole users, as many as fit, in all splits (None: all users).
 
     Leave one out: the last item of a user tests, the one before validates, those before train, from the second on. A row's
     history is what the user had before it, in the order of the file, so that of a test row ends with the validation item.
@@ -65,11 +72,15 @@ def prepare(folder: str | Path, source: str | Path | None = None, seed: int = 0,
         "source": fingerprint(source),
         "seed": seed,
         "embedding_dim": embedding_dim,
+        "train_rows": train_rows,
     }
 
     def write(partial: Path) -> None:
         catalogue = _read_items(Path(source))
         user, item, length = _read_sequences(Path(source), integers(whole(catalogue["item_id"])))
+        if train_rows is not None:
+            kept = _kept_users(length, train_rows, seed)
+            user, item, length = user[kept], item[np.repeat(kept, length)], length[kept]
         rows, split = _rows(user, item, length, catalogue, seed)
         for number, name in enumerate(SPLITS):
             write_table(partial / f"{name}.parquet", rows.filter(pa.array(split == number)))
@@ -97,6 +108,16 @@ def beauty_schema(users: int, catalogue: pa.Table, embedding_dim: int = 16) -> F
         group_id="user_id",
         catalogue=Catalogue("item_id"),
     )
+
+
+def _kept_users(length: Integers, train_rows: int, seed: int) -> NDArray[np.bool_]:
+    """[U] whether a user is kept: in an order that the seed draws, while the rows of train fit."""
+    order = np.random.default_rng((seed, 1)).permutation(len(length))
+    kept = np.zeros(len(length), bool)
+    kept[order] = np.cumsum(2 * (length[order] - SHORTEST)) <= train_rows
+    if not (kept & (length > SHORTEST)).any():
+        raise UserError(f"data.prepare.train_rows is {train_rows}", "too few for one user's rows")
+    return kept
 
 
 def _rows(

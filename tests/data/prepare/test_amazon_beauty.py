@@ -159,6 +159,22 @@ def test_the_folder_trains_as_it_is_and_needs_no_source_again(folder, source, ca
         prepare(folder, source=source, seed=5)
 
 
+def test_train_rows_leaves_out_whole_users_of_all_splits(tmp_path, source):
+    prepare(tmp_path / "all", source)
+    prepare(tmp_path / "some", source, train_rows=500)
+    tables = {name: pq.read_table(tmp_path / "some" / f"{name}.parquet") for name in SPLITS}
+    users = [set(table["user_id"].to_pylist()) for table in tables.values()]
+    assert 450 < len(tables["train"]) <= 500
+    assert users[0] <= users[1] == users[2]
+    assert len(users[1]) < USERS
+    for name, table in tables.items():
+        every = pq.read_table(tmp_path / "all" / f"{name}.parquet").to_pylist()
+        positives = [row["item_id"] for row in every if row["next"] and row["user_id"] in users[1]]
+        assert [row["item_id"] for row in table.to_pylist() if row["next"]] == positives
+    with pytest.raises(UserError, match="train_rows is 1"):
+        prepare(tmp_path / "none", source, train_rows=1)
+
+
 @pytest.mark.parametrize(
     ("lines", "items", "message"),
     [
