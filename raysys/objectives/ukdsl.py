@@ -67,7 +67,7 @@ class UKDSL(Supervised):
         embedding_l2: float = 0.0,
     ) -> None:
         super().__init__(schema, task_weights=task_weights, embedding_l2=embedding_l2)
-        _check_columns(schema, teachers, sampling_weight)
+        check_columns(schema, teachers, sampling_weight)
         for key, value, options in (
             ("loss", loss, get_args(TeacherLoss)),
             ("head_mode", head_mode, get_args(HeadMode)),
@@ -172,7 +172,8 @@ class UKDSL(Supervised):
         return value.detach().float()
 
 
-def _check_columns(schema: FeatureSchema, teachers: Mapping[str, str], sampling_weight: str | None) -> None:
+def check_columns(schema: FeatureSchema, teachers: Mapping[str, str], sampling_weight: str | None = None) -> None:
+    """Raise a `UserError` where a teacher's task is not binary, or a column is no float extra of the schema."""
     columns = [extra.name for extra in schema.extra if extra.kind == "float"]
     kinds = {label.name: label.kind for label in schema.labels}
     if not teachers:
