@@ -1,4 +1,4 @@
-"""UKDSL: its losses and gradients, what it recovers, and why a funnel needs it (simulation B of its brief)."""
+"""UKDSL: its losses and gradients, and what it recovers from unlabelled rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from raysys.config import compose, instantiate
 from raysys.errors import UserError
 from raysys.models.outputs import Embedded, Output
-from raysys.objectives.importance import feature_importance
 from raysys.objectives.supervised import Supervised
 from raysys.objectives.ukdsl import UKDSL
 from raysys.schema import (
@@ -20,11 +19,8 @@ from raysys.schema import (
     ExtraColumn,
     FeatureSchema,
     Label,
-    Sequence,
-    SequenceFeature,
-    SparseFeature,
-    Table,
 )
+from raysys.train.metrics import Evaluator, WindowMetrics
 
 WIDTH = 12
 SCHEMA = FeatureSchema(
@@ -34,7 +30,8 @@ SCHEMA = FeatureSchema(
         Label("spend", kind="regression", required=False),
         Label("buy", required=False),
     ),
-    extra=(ExtraColumn("teacher_click"), ExtraColumn("teacher_buy"), ExtraColumn("u"), ExtraColumn("age", "int")),
+    extra=(ExtraColumn("teacher_click"), ExtraColumn("teacher_buy"), ExtraColumn("u"), ExtraColumn("rank", "int")),
+    group_id="request",
 )
 TEACHERS = {"click": "teacher_click", "buy": "teacher_buy"}
 
@@ -72,7 +69,9 @@ def rows(labeled: int = 20, unlabeled: int = 30, padding: int = 3, rate: float =
         label_mask=mask,
         weight=(torch.rand(total, 3, generator=random) + 0.5) * mask,
         example_id=place.where(real, -1),
+        group_id=torch.where(place < 13, place // 5, 10 + place // 7) * real,  # of labelled and unlabelled rows
         extra={
+            "rank": place % 9 + 1,
             "teacher_click": drawn[:, 0] * real,
             "teacher_buy": drawn[:, 1] * real,
             "u": (torch.rand(total, generator=random) + 0.5) / rate * real,
@@ -142,6 +141,40 @@ def test_the_gradient_of_an_unlabelled_row_and_none_for_the_teacher():
     assert all(batch.extra[name].grad is None for name in ("teacher_click", "teacher_buy", "u"))
 
 
+def test_rows_of_one_request_learn_their_order_from_the_teacher():
+    batch, model = rows(padding=0), Student()
+    batch.extra["teacher_click"][[3, 30]] = float("nan")  # not scored: in no list
+    objective = UKDSL(
+        SCHEMA, teachers={"click": "teacher_click"}, sampling_weight="u", loss="listwise", temperature=2.0
+    )
+    loss, _, parts = run(objective, batch, model)
+    logit = model.head(model.trunk(batch.dense))[:, 0].detach()
+    lists = []
+    for request in batch.group_id.unique():
+        listed = (batch.group_id == request) & ~batch.extra["teacher_click"].isnan()
+        if listed.sum() < 2:
+            continue  # a list of one says nothing
+        u = batch.extra["u"][listed]
+        p = (u.log() + batch.extra["teacher_click"][listed].logit() / 2).softmax(0)
+        q = (u.log() + logit[listed] / 2).softmax(0) / u
+        lists.append(-(p * q.log()).sum())
+    assert len(lists) == 8
+    expected = 4 * torch.stack(lists).mean()
+    torch.testing.assert_close(parts["click_teacher"], expected)
+    torch.testing.assert_close(loss, run(Supervised(SCHEMA), rows(padding=0))[0] + expected)
+
+
+def test_the_correction_is_of_the_target_and_not_of_the_labels():
+    batch = rows()
+    given = UKDSL(SCHEMA, teachers={"click": "teacher_click"}, teacher_rank="rank", rank_buckets=[3])
+    assert given.shift is not None
+    given.shift.shift.fill_(0.4)
+    given.eval()  # the shift stays
+    moved = rows()
+    moved.extra["teacher_click"] = (moved.extra["teacher_click"].logit(eps=1e-6) + 0.4).sigmoid()
+    torch.testing.assert_close(run(given, batch)[0], run(UKDSL(SCHEMA, teachers={"click": "teacher_click"}), moved)[0])
+
+
 def test_temperature_and_squared_logits_by_hand():
     batch = rows(labeled=0, padding=0)
     model, teacher = Student(), batch.extra["teacher_click"].double()
@@ -190,20 +223,34 @@ def test_a_sample_of_the_unlabelled_rows_leaves_the_expected_loss():
     assert error < 0.01
 
 
-def test_labelled_parts_are_not_changed_by_unlabelled_rows():
-    alone, beside = (run(UKDSL(SCHEMA, teachers=TEACHERS), rows(unlabeled=n))[2] for n in (0, 30))
-    part = rows(unlabeled=30)
-    only = {name: value[:20] for name, value in vars(part).items() if name != "extra"}
-    extra = {name: value[:20] for name, value in part.extra.items()}
-    alone = run(UKDSL(SCHEMA, teachers=TEACHERS), SimpleNamespace(**only, extra=extra))[2]
+def test_unlabelled_rows_change_neither_the_labelled_parts_nor_the_metrics():
+    whole, first = rows(unlabeled=30), slice(0, 20)
+    part = {name: value[first] for name, value in vars(whole).items() if name != "extra"}
+    alone = SimpleNamespace(**part, extra={name: value[first] for name, value in whole.extra.items()})
+    parts, reports, model = [], [], Student()
+    for batch in (alone, whole):
+        parts.append(run(UKDSL(SCHEMA, teachers=TEACHERS), batch)[2])
+        evaluator, window = Evaluator(SCHEMA), WindowMetrics(SCHEMA)
+        for metrics in (evaluator, window):
+            metrics.update(model.predict(model.interact(model.embed(batch))).logits, batch)
+        reports.append((evaluator.compute()["tasks"], window.compute()))
     for task in SCHEMA.tasks:
-        torch.testing.assert_close(alone[task], beside[task])
-    assert alone["click_teacher"] == alone["click_teacher_bias"] == 0
-    assert not part.weight[20:].any()  # what metrics multiply by
+        torch.testing.assert_close(parts[0][task], parts[1][task])
+        for before, after in zip(*reports, strict=True):
+            assert after[task] == pytest.approx(before[task], rel=1e-6, nan_ok=True)
+    assert parts[0]["click_teacher"] == parts[0]["click_teacher_bias"] == 0
+    assert reports[1][0]["click"]["rows"] == 20
 
 
 @pytest.mark.parametrize(
-    "keys", [{"labeled_share": 0.4}, {"head_mode": "aux", "shared_width": 6}], ids=["shared", "aux"]
+    "keys",
+    [
+        {"labeled_share": 0.4},
+        {"head_mode": "aux", "shared_width": 6},
+        {"loss": "listwise"},
+        {"teacher_rank": "rank", "rank_buckets": [1, 5]},
+    ],
+    ids=["shared", "aux", "listwise", "corrected"],
 )
 def test_two_ranks_average_to_the_gradient_of_the_joint_batch(keys, monkeypatch):
     def build() -> UKDSL:
@@ -214,8 +261,8 @@ def test_two_ranks_average_to_the_gradient_of_the_joint_batch(keys, monkeypatch)
         return SimpleNamespace(**columns, extra={name: value[places] for name, value in rows().extra.items()})
 
     def patch(name: str, function) -> None:
-        for module in ("supervised", "ukdsl"):
-            monkeypatch.setattr(f"raysys.objectives.{module}.{name}", function)
+        for module in ("objectives.supervised", "objectives.ukdsl", "objectives.teacher_shift", "nn.listwise"):
+            monkeypatch.setattr(f"raysys.{module}.{name}", function, raising=name == "global_sum")
 
     expected_loss, expected, expected_parts = run(build(), rows())
     halves, sums = [part(slice(0, 13)), part(slice(13, 53))], []
@@ -259,144 +306,14 @@ def test_a_student_recovers_a_logistic_teacher_from_unlabelled_rows():
     assert float(model.head.bias[0]) == pytest.approx(-0.5, abs=0.02)
 
 
-# --- Simulation B: a student of an early stage, trained on impressions, or on candidates that the final stage scored. ---
-
-
-def test_simulation_b_distillation_finds_more_of_the_final_top_and_is_calibrated(record_figure):
-    recall: dict[str, list[float]] = {"impressions": [], "distilled": []}
-    calibration: dict[str, list[float]] = {"impressions": [], "distilled": []}
-    for seed in range(5):
-        for name, (found, predicted_over_true) in two_stages(seed).items():
-            recall[name].append(found)
-            calibration[name].append(predicted_over_true)
-            record_figure(f"{name}_recall", found, seed=seed)
-            record_figure(f"{name}_calibration", predicted_over_true, seed=seed)
-    assert all(after > before for before, after in zip(recall["impressions"], recall["distilled"], strict=True))
-    assert np.mean(recall["impressions"]) == pytest.approx(0.470, abs=0.1)
-    assert np.mean(recall["distilled"]) == pytest.approx(0.585, abs=0.1)
-    assert np.mean(calibration["impressions"]) > 3
-    assert calibration["distilled"] == pytest.approx([1] * 5, abs=0.05)
-
-
-def two_stages(seed: int) -> dict[str, tuple[float, float]]:
-    """Recall@(5,10) and calibration over all candidates of a student of impressions, and of one of final-stage scores."""
-    random = torch.Generator().manual_seed(seed)
-    click, quality = torch.randn(24, generator=random), torch.randn(24, generator=random)
-    quality[12:] = 0
-    click, quality = 1.5 * click / click.norm(), 1.5 * quality / quality.norm()
-    x = torch.randn(2000, 100, 24, generator=random)
-    p = (x @ click - 3).sigmoid()
-    bid = torch.exp(0.5 * torch.randn(2000, 100, generator=random))
-    value = bid * p - (x @ quality - 3).sigmoid()
-    clicked = torch.bernoulli(p, generator=random)
-    seen, train = x[..., :12], slice(0, 1000)
-    shown = value[train].topk(3).indices
-    kept = torch.rand(1000, 100, generator=random).topk(20).indices
-    impressions = student_rows(gather(seen[train], shown), gather(clicked[train], shown), None)
-    distilled = student_rows(gather(seen[train], kept), None, gather(p[train], kept))
-    results = {}
-    for name, batch in (("impressions", impressions), ("distilled", distilled)):
-        model = Student(hidden=None)
-        fit(model, UKDSL(SCHEMA, teachers={"click": "teacher_click"}), batch)
-        with torch.no_grad():
-            predicted = model.head(seen[1000:])[..., 0].sigmoid()
-        calibration = float(predicted.sum() / p[1000:].sum())
-        results[name] = (recall_at(bid[1000:] * predicted, value[1000:]), calibration)
-    return results
-
-
-def gather(values: Tensor, places: Tensor) -> Tensor:
-    index = places if values.dim() == 2 else places[..., None].expand(*places.shape, values.shape[2])
-    return values.gather(1, index).flatten(0, 1)
-
-
-def student_rows(x: Tensor, labels: Tensor | None, teacher: Tensor | None) -> SimpleNamespace:
-    mask = torch.zeros(len(x), 3, dtype=torch.bool)
-    mask[:, 0] = labels is not None
-    full = torch.zeros(len(x), 3)
-    full[:, 0] = 0 if labels is None else labels
-    column = torch.full((len(x),), float("nan")) if teacher is None else teacher
-    return SimpleNamespace(
-        dense=x,
-        labels=full,
-        label_mask=mask,
-        weight=mask.float(),
-        example_id=torch.arange(len(x)),
-        extra={"teacher_click": column},
-    )
-
-
-def recall_at(score: Tensor, value: Tensor) -> float:
-    """The share of the final top 5 among the student's top 10."""
-    top, candidates = value.topk(5).indices, score.topk(10).indices
-    return float((top[..., None] == candidates[:, None]).any(2).float().mean())
-
-
-# --- Feature selection without labels ---
-
-
-def test_importance_finds_planted_features_and_reads_no_label():
-    batch, model = rows(labeled=0, unlabeled=400, padding=20), Student(hidden=None)
-    with torch.no_grad():
-        model.head.weight.zero_()
-        model.head.weight[0, :4] = torch.tensor([2.0, -1.0, 0.5, 0.0])
-        model.head.weight[0, 4:] = 0.01
-    names = ("dense", "example_id")
-    blind = Rows(**{name: getattr(batch, name) for name in names})  # it has nothing else
-    found = {name: float(value[0]) for name, value in feature_importance(model, [blind], SCHEMA).items()}
-    assert found["x3"] == 0.0
-    assert found["x0"] > found["x1"] > found["x2"] > 10 * max(found[f"x{place}"] for place in range(4, WIDTH))
-    assert model.training
-
-
-class Rows(SimpleNamespace):
-    def __len__(self) -> int:
-        return len(self.example_id)
-
-
-def test_importance_of_embeddings_sequences_and_flags():
-    schema = FeatureSchema(
-        tables=(Table("item", 30, 4),),
-        dense=(DenseFeature("age", missing_flag=True),),
-        sparse=(SparseFeature("a", "item"), SparseFeature("b", "item")),
-        sequences=(Sequence("history", (SequenceFeature("clicked", "item"),), max_length=5),),
-        labels=(Label("click"),),
-    )
-
-    class Uses(nn.Module):
-        def __init__(self, *parts: str) -> None:
-            super().__init__()
-            self.parts = parts
-
-        def embed(self, batch) -> Embedded:
-            random = torch.Generator().manual_seed(1)
-            draw = torch.randn(50, 8, 4, generator=random)
-            return Embedded(draw[:, :2], ("a", "b"), {"history": (draw[:, 2:7], draw[:, 2:7, 0] > 0)}, draw[:, 7, :2])
-
-        def interact(self, embedded: Embedded) -> Tensor:
-            values, mask = embedded.sequences["history"]
-            parts = {
-                "age": embedded.dense[:, 1],  # the flag alone
-                "a": embedded.tokens[:, 0].sum(1),
-                "b": embedded.tokens[:, 1].sum(1),
-                "history": (values * mask[..., None]).sum((1, 2)),
-            }
-            return torch.stack([parts[name] for name in self.parts]).sum(0)[:, None]
-
-        def predict(self, shared: Tensor) -> Output:
-            return Output(shared, shared, shared[:, None])
-
-    blind = Rows(example_id=torch.arange(50))
-    for used in ("age", "a", "b", "history"):
-        found = feature_importance(Uses(used), [blind], schema, repeats=2)
-        assert [name for name, value in found.items() if value > 0] == [used]
-
-
 def test_the_yaml_file_has_the_defaults_of_the_class():
     given = instantiate(compose(["objective=ukdsl"])["objective"] | {"teachers": TEACHERS}, schema=SCHEMA)
     default = UKDSL(SCHEMA, teachers=TEACHERS)
     plain = {key: value for key, value in vars(given).items() if isinstance(value, float | str | bool | list | None)}
     assert plain == {key: vars(default)[key] for key in plain}
+
+
+LISTWISE_NEEDS = "objective.loss=listwise needs a group_id in schema, and labeled_share 0"
 
 
 @pytest.mark.parametrize(
@@ -405,9 +322,12 @@ def test_the_yaml_file_has_the_defaults_of_the_class():
         ({"teachers": {}}, "objective.teachers names no task"),
         ({"teachers": {"clicks": "teacher_click"}}, "objective.teachers: no binary task 'clicks' in schema"),
         ({"teachers": {"spend": "teacher_click"}}, "objective.teachers: no binary task 'spend' in schema"),
-        ({"teachers": {"click": "age"}}, "objective.teachers.click: no float column 'age' in extra of schema"),
+        ({"teachers": {"click": "rank"}}, "objective.teachers.click: no float column 'rank' in extra of schema"),
+        ({"teacher_rank": "u"}, "objective.teacher_rank: no int column 'u' in extra of schema"),
+        ({"teacher_rank": "rank", "rank_buckets": [5, 1]}, "objective.rank_buckets is [5, 1]"),
         ({"sampling_weight": "w"}, "objective.sampling_weight: no float column 'w' in extra of schema"),
         ({"loss": "kl"}, "objective.loss is 'kl'"),
+        ({"loss": "listwise", "labeled_share": 0.5}, LISTWISE_NEEDS),
         ({"head_mode": "own"}, "objective.head_mode is 'own'"),
         ({"labeled_share": 1.5}, "objective.labeled_share is 1.5"),
         ({"temperature": 0.0}, "objective.temperature is 0.0"),
