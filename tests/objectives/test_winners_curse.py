@@ -1,9 +1,22 @@
-"""Simulation A of UKDSL's brief: selecting by a noisy estimate makes it too high for what was selected."""
+"""Why a funnel is miscalibrated, and what teaching on candidates mends: simulations A and B of UKDSL's brief."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
+
+from raysys.models.outputs import Embedded, Output
+from raysys.objectives.ukdsl import UKDSL
+from raysys.schema import DenseFeature, ExtraColumn, FeatureSchema, Label
+from raysys.train.selection import calibration_by_depth
+
+# --- Simulation A: selecting by a noisy estimate makes it too high for what was selected. ---
+
+REQUEST = np.repeat(np.arange(4000), 200)
 
 CALIBRATION = {
     0.0: (1.00, 1.00, 1.00, 1.00, 1.00),
@@ -37,7 +50,109 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def selected_calibration(prediction: np.ndarray, p: np.ndarray) -> list[float]:
-    """Predicted over true for the k candidates of each request with the highest predictions."""
-    order = np.argsort(-prediction, 1)
-    ranked, true = np.take_along_axis(prediction, order, 1), np.take_along_axis(p, order, 1)
-    return [float(ranked[:, :k].sum() / true[:, :k].sum()) for k in (1, 5, 20, 100, 200)]
+    """Predicted over true for the k candidates of each request with the highest predictions, as the report shows it."""
+    depths = calibration_by_depth(prediction.ravel(), p.ravel(), np.ones(p.size), REQUEST)
+    return [depth["predicted"] / depth["reference"] for depth in depths]
+
+
+# --- Simulation B: a student of an early stage, trained on impressions, or on candidates that the final stage scored. ---
+
+
+SCHEMA = FeatureSchema(
+    dense=tuple(DenseFeature(f"x{place}") for place in range(12)),
+    labels=(Label("click", required=False),),
+    extra=(ExtraColumn("final_click"),),
+)
+
+
+class Logistic(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(12, 1)
+
+    def interact(self, embedded: Embedded) -> Tensor:
+        return embedded.dense
+
+    def predict(self, shared: Tensor) -> Output:
+        return Output(self.head(shared), shared, shared[:, None])
+
+
+def fit(batch) -> Logistic:
+    """The optimum of its convex loss."""
+    model, objective = Logistic(), UKDSL(SCHEMA, teachers={"click": "final_click"})
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+    embedded = Embedded(torch.zeros(len(batch.dense), 0, 1), (), {}, batch.dense)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = objective(model, batch, embedded)[0]
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return model
+
+
+def test_simulation_b_distillation_finds_more_of_the_final_top_and_is_calibrated(record_figure):
+    recall: dict[str, list[float]] = {"impressions": [], "distilled": []}
+    calibration: dict[str, list[float]] = {"impressions": [], "distilled": []}
+    for seed in range(5):
+        for name, (found, predicted_over_true) in two_stages(seed).items():
+            recall[name].append(found)
+            calibration[name].append(predicted_over_true)
+            record_figure(f"{name}_recall", found, seed=seed)
+            record_figure(f"{name}_calibration", predicted_over_true, seed=seed)
+    assert all(after > before for before, after in zip(recall["impressions"], recall["distilled"], strict=True))
+    assert np.mean(recall["impressions"]) == pytest.approx(0.470, abs=0.1)
+    assert np.mean(recall["distilled"]) == pytest.approx(0.585, abs=0.1)
+    assert np.mean(calibration["impressions"]) > 3
+    assert calibration["distilled"] == pytest.approx([1] * 5, abs=0.05)
+
+
+def two_stages(seed: int) -> dict[str, tuple[float, float]]:
+    """Recall@(5,10) and calibration over all candidates of a student of impressions, and of one of final-stage scores."""
+    random = torch.Generator().manual_seed(seed)
+    click, quality = torch.randn(24, generator=random), torch.randn(24, generator=random)
+    quality[12:] = 0
+    click, quality = 1.5 * click / click.norm(), 1.5 * quality / quality.norm()
+    x = torch.randn(2000, 100, 24, generator=random)
+    p = (x @ click - 3).sigmoid()
+    bid = torch.exp(0.5 * torch.randn(2000, 100, generator=random))
+    value = bid * p - (x @ quality - 3).sigmoid()
+    clicked = torch.bernoulli(p, generator=random)
+    seen, train = x[..., :12], slice(0, 1000)
+    shown = value[train].topk(3).indices
+    kept = torch.rand(1000, 100, generator=random).topk(20).indices
+    impressions = student_rows(gather(seen[train], shown), gather(clicked[train], shown), None)
+    distilled = student_rows(gather(seen[train], kept), None, gather(p[train], kept))
+    results = {}
+    for name, batch in (("impressions", impressions), ("distilled", distilled)):
+        model = fit(batch)
+        with torch.no_grad():
+            predicted = model.head(seen[1000:])[..., 0].sigmoid()
+        calibration = float(predicted.sum() / p[1000:].sum())
+        results[name] = (recall_at(bid[1000:] * predicted, value[1000:]), calibration)
+    return results
+
+
+def gather(values: Tensor, places: Tensor) -> Tensor:
+    index = places if values.dim() == 2 else places[..., None].expand(*places.shape, values.shape[2])
+    return values.gather(1, index).flatten(0, 1)
+
+
+def student_rows(x: Tensor, labels: Tensor | None, teacher: Tensor | None) -> SimpleNamespace:
+    shown, blank = labels is not None, torch.full((len(x),), float("nan"))
+    return SimpleNamespace(
+        dense=x,
+        labels=torch.zeros(len(x), 1) if labels is None else labels[:, None],
+        label_mask=torch.full((len(x), 1), shown),
+        weight=torch.full((len(x), 1), float(shown)),
+        example_id=torch.arange(len(x)),
+        extra={"final_click": blank if teacher is None else teacher},
+    )
+
+
+def recall_at(score: Tensor, value: Tensor) -> float:
+    """The share of the final top 5 among the student's top 10."""
+    top, candidates = value.topk(5).indices, score.topk(10).indices
+    return float((top[..., None] == candidates[:, None]).any(2).float().mean())
