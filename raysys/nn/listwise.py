@@ -7,6 +7,8 @@ from torch import Tensor
 
 from raysys.nn.collectives import global_sum, world_size
 
+_ROUNDING = 1e-5  # of float32 values, relative to their size
+
 
 def listwise_cross_entropy(student: Tensor, teacher: Tensor, request: Tensor, weight: Tensor) -> Tensor:
     """The mean over requests of -Σ_i P_i log Q_i, P = softmax(teacher) and Q = softmax(student) within the request.
@@ -44,3 +46,19 @@ def listwise_cross_entropy(student: Tensor, teacher: Tensor, request: Tensor, we
     losses = -total(share * log_softmax(student))  # [G, …]
     counted = (total(kept.float()) > 1).float()
     return world_size() * (counted * losses).sum(0) / global_sum(counted.sum(0)).clamp(min=1)
+
+
+def deviation_within(values: Tensor, request: Tensor, weight: Tensor) -> Tensor:
+    """[R] the deviation of a request's values, for each of its rows; 0 where they differ by rounding only.
+
+    values, weight: [R], weights are of rows as above; request: [R] ids, in any order.
+    """
+    groups, place = request.unique(return_inverse=True)
+
+    def mean(values: Tensor) -> Tensor:
+        """Weighted means by request [G], and 0 where no row counts."""
+        sums = [weight.new_zeros(len(groups)).index_add(0, place, part) for part in (weight * values, weight)]
+        return sums[0] / torch.where(sums[1] > 0, sums[1], 1.0)
+
+    deviation = mean((values - mean(values)[place]).square()).sqrt()
+    return torch.where(deviation > _ROUNDING * mean(values.abs()), deviation, 0.0)[place]

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from raysys.errors import UserError, nearest
 from raysys.models.value import Value
 from raysys.nn.collectives import global_sum, world_size
+from raysys.nn.listwise import deviation_within, listwise_cross_entropy
+from raysys.objectives.perturbed_rows import check_number
 from raysys.objectives.supervised import Ranker, Supervised, or_one
 from raysys.objectives.ukdsl import check_columns
 from raysys.schema import FeatureSchema
@@ -19,8 +21,6 @@ from raysys.schema import FeatureSchema
 if TYPE_CHECKING:
     from raysys.data.batch import Batch
     from raysys.models.outputs import Embedded, Output
-
-_FLAT = 1e-5  # a deviation within a request below this share of the values' size is rounding
 
 
 class EarlyStageLoss(Supervised):
@@ -65,17 +65,15 @@ class EarlyStageLoss(Supervised):
         for task, share in shares.items():
             if task not in self.columns:
                 raise UserError(f"objective.soft_share: {task!r} has no teacher", nearest(task, self.columns))
-            if not 0 <= share <= 1:
-                raise UserError(f"objective.soft_share.{task} is {share}", "a number of 0 to 1 is expected")
+            check_number(f"soft_share.{task}", share, 0 <= share <= 1, "of 0 to 1")
         self.soft_share = [float(shares[task]) for task in self.columns]
-        if not rank_weight >= 0:
-            raise UserError(f"objective.rank_weight is {rank_weight}", "a number of at least 0 is expected")
-        if not temperature > 0:
-            raise UserError(f"objective.temperature is {temperature}", "a number above 0 is expected")
+        check_number("rank_weight", rank_weight, rank_weight >= 0, "of at least 0")
+        check_number("temperature", temperature, temperature > 0, "above 0")
         if rank_weight > 0:
             _check_ranking(schema, value, bid, self.columns)
         self.value, self.bid, self.rank_weight, self.temperature = value, bid, rank_weight, temperature
-        self.is_checked = False
+        self.whole_groups = rank_weight > 0
+        """Whether a batch must have all rows of a request (`data.keep_groups_whole`)."""
 
     def forward(self, model: Ranker, batch: Batch, embedded: Embedded) -> tuple[Tensor, Output, dict[str, Tensor]]:
         """As `Supervised.forward`; parts `TASK_soft`, the loss a_t weighs, `TASK_soft_bias`, mean P_E - P_F, and `rank`."""
@@ -87,11 +85,8 @@ class EarlyStageLoss(Supervised):
         early = logits.sigmoid()
         rows = F.binary_cross_entropy_with_logits(logits, final, reduction="none")
         sums = (spoke * torch.stack([rows, early - final])).sum(1)  # [2, K]
-        ranks = requests = rows.new_zeros(())
-        if self.rank_weight > 0:
-            ranks, requests = self._ranking(early, final, spoke, batch)
-        totals = or_one(global_sum(torch.cat([spoke.sum(0).to(rows.dtype), requests[None]])))  # [K + 1]
-        soft, rank = world_size() * sums / totals[:-1], world_size() * ranks / totals[-1]
+        soft = world_size() * sums / or_one(global_sum(spoke.sum(0).to(sums.dtype)))
+        rank = self._ranking(early, final, spoke, batch) if self.rank_weight > 0 else rows.new_zeros(())
         share, places = rows.new_tensor(self.soft_share), torch.tensor(self.tasks, device=rows.device)
         change = share * (soft[0] - losses.per_task[places])
         mixed = losses._replace(per_task=losses.per_task.index_add(0, places, change))
@@ -100,12 +95,9 @@ class EarlyStageLoss(Supervised):
             parts |= {f"{task}_{name}": value for task, value in zip(self.columns, values, strict=True)}
         return loss, output, parts | ({"rank": rank.detach()} if self.rank_weight > 0 else {})
 
-    def _ranking(self, early: Tensor, final: Tensor, spoke: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The sum of L_rank over this rank's requests, and how many there are."""
+    def _ranking(self, early: Tensor, final: Tensor, spoke: Tensor, batch: Batch) -> Tensor:
+        """This rank's share of L_rank (collective)."""
         assert self.bid is not None
-        request = _requests(batch)
-        if not self.is_checked:  # once: it waits for the GPU
-            self.is_checked = _check_whole(batch)
         places = {task: place for place, task in enumerate(self.columns)}
         bid = _extra(batch, self.bid)
         read = spoke[:, [places[task] for task in self.value.tasks]].all(1) & ~bid.isnan()
@@ -113,54 +105,10 @@ class EarlyStageLoss(Supervised):
         value_final, value_early = (
             self.value(bid, {task: p[:, place] for task, place in places.items()}) for p in (final, early)
         )
-        cross_entropy = list_cross_entropy(
-            value_final, value_early, request.where(read, len(request)), self.temperature
-        )
-        return cross_entropy.nansum(), (~cross_entropy.isnan()).sum().to(bid.dtype)
-
-
-def list_cross_entropy(final: Tensor, early: Tensor, request: Tensor, temperature: float = 1.0) -> Tensor:
-    """-Σ_i softmax(final)_i log softmax(early)_i over the rows of each request, both over temperature times final's deviation.
-
-    final, early: [N]. request: [N] in any order, from 0 on; rows of number N are left out. Returns [N], NaN for numbers
-    without rows and for requests on which `final` is constant. No gradient reaches `final`.
-    """
-    final, number = final.detach(), len(request)
-
-    def total(values: Tensor) -> Tensor:
-        return values.new_zeros(number + 1).index_add(0, request, values)
-
-    count = total(torch.ones_like(final)).clamp(min=1)
-    centred = final - (total(final) / count)[request]
-    deviation = (total(centred.square()) / count).sqrt()  # [N + 1]
-    told = deviation > _FLAT * (total(final.abs()) / count)
-    scale = (temperature * torch.where(told, deviation, 1.0))[request]
-
-    def log_softmax(values: Tensor) -> Tensor:
-        largest = values.detach().new_full((number + 1,), -torch.inf)
-        largest = largest.scatter_reduce(0, request, values.detach(), "amax")
-        shifted = values - largest[request]
-        return shifted - total(shifted.exp())[request].log()
-
-    cross_entropy = -total(log_softmax(centred / scale).exp() * log_softmax(early / scale))
-    return torch.where(told, cross_entropy, torch.nan)[:-1]
-
-
-def _requests(batch: Batch) -> Tensor:
-    """[B] a number from 0 for each run of rows of one group."""
-    changes = batch.group_id.diff(prepend=batch.group_id[:1]) != 0
-    return changes.cumsum(0)
-
-
-def _check_whole(batch: Batch) -> bool:
-    """True; a `UserError` where rows of one request stand apart."""
-    real = batch.example_id >= 0
-    if len(batch.group_id[real].unique()) < len(batch.group_id[real].unique_consecutive()):
-        raise UserError(
-            "objective.rank_weight is above 0, and the rows of a request stand apart in a batch",
-            "set data.keep_groups_whole=true",
-        )
-    return True
+        deviation = deviation_within(value_final, batch.group_id, read.float())
+        scale = self.temperature * torch.where(deviation > 0, deviation, 1.0)
+        weight = (read & (deviation > 0)).float()
+        return listwise_cross_entropy(value_early / scale, value_final / scale, batch.group_id, weight)
 
 
 def _extra(batch: Batch, column: str) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from raysys.nn import listwise
-from raysys.nn.listwise import listwise_cross_entropy
+from raysys.nn.listwise import deviation_within, listwise_cross_entropy
 
 REQUEST = torch.tensor([7, 3, 7, 7, -1, 3, 5, 9, 9, 7])  # 5 has one row, 9 one that counts, -1 is padding
 WEIGHT = torch.tensor([1.0, 2.5, 0.5, 1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 4.0])
@@ -103,3 +103,15 @@ def test_ranks_with_unequal_numbers_of_requests_average_to_the_joint_loss(monkey
     parts = [REQUEST != 3, REQUEST == 3]
     shares = [listwise_cross_entropy(student[rows], teacher[rows], REQUEST[rows], WEIGHT[rows]) for rows in parts]
     torch.testing.assert_close(sum(shares) / 2, whole)
+
+
+def test_the_deviation_within_a_request_counts_weights_and_no_rounding():
+    values, weight = scores()[1].double(), WEIGHT.double()
+    found = deviation_within(values, REQUEST, weight)
+    for request in (7, 3):
+        rows = torch.repeat_interleave(values[request == REQUEST], (2 * weight[request == REQUEST]).long())
+        expected = rows.std(correction=0).expand(int((request == REQUEST).sum()))
+        torch.testing.assert_close(found[request == REQUEST], expected)
+    assert not found[[4, 6, 7, 8]].any()
+    same = torch.tensor([0.1 + 1e6, 0.1 + 1e6, 1e6, 3.0])
+    assert not deviation_within(same, torch.tensor([0, 0, 0, 1]), torch.ones(4)).any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from raysys.config import compose, instantiate
 from raysys.errors import UserError
 from raysys.models.outputs import Embedded, Output
 from raysys.models.value import Value
-from raysys.objectives.early_stage import EarlyStageLoss, list_cross_entropy
+from raysys.objectives.early_stage import EarlyStageLoss
 from raysys.objectives.supervised import Supervised
 from raysys.schema import DenseFeature, ExtraColumn, FeatureSchema, Label
 
@@ -153,48 +154,48 @@ def by_definition(final: Tensor, early: Tensor, request: Tensor, temperature: fl
     return torch.stack(losses).mean()
 
 
-@pytest.fixture
-def lists():
-    """Final and early values of requests of 7, 3, 1 and 20 candidates, and of one more with a constant final value."""
-    random = torch.Generator().manual_seed(3)
-    request = torch.repeat_interleave(torch.tensor([7, 3, 1, 20, 4]))
-    final = torch.randn(35, dtype=torch.float64, generator=random).where(request != 4, 2.0)
-    return final, torch.randn(35, dtype=torch.float64, generator=random), request
-
-
-def test_the_listwise_loss_follows_its_definition(lists):
-    final, early, request = lists
-    order = torch.randperm(35, generator=torch.Generator().manual_seed(1))
-    for places in (torch.arange(35), order):
-        found = list_cross_entropy(final[places], early[places], request[places], 0.5)
-        assert found.shape == (35,)
-        assert found.isnan().tolist() == [False, False, True, False] + [True] * 31
-        kept = request < 4
-        torch.testing.assert_close(found.nanmean(), by_definition(final[kept], early[kept], request[kept], 0.5))
-
-
-def test_the_listwise_loss_sees_no_constant_and_rests_where_the_orders_agree(lists):
-    final, early, request = lists
-    early = early.requires_grad_()
-    shifted = early + torch.tensor([3.0, -5.0, 100.0, 0.25, 7.0], dtype=torch.float64)[request]
-    torch.testing.assert_close(
-        list_cross_entropy(final, shifted, request), list_cross_entropy(final, early, request), equal_nan=True
+def ranking_alone(final_click: Tensor, logit: Tensor, bid: Tensor, request: Tensor) -> tuple[Tensor, Tensor]:
+    """L_rank and its gradient for the value bid · P(click), of rows without labels."""
+    schema = dataclasses.replace(SCHEMA, labels=SCHEMA.labels[:1])
+    objective = EarlyStageLoss(
+        schema,
+        teachers={"click": "final_click"},
+        value=Value(["click"]),
+        bid="bid",
+        rank_weight=1.0,
+        task_weights={"click": 0},
     )
-    (gradient,) = torch.autograd.grad(list_cross_entropy(final, early, request).nansum(), early)
+    none = torch.zeros(len(logit), 1)
+    batch = SimpleNamespace(labels=none, label_mask=none.bool(), weight=none, group_id=request, example_id=request)
+    batch.extra = {"final_click": final_click, "bid": bid}
+    logit = logit.clone().requires_grad_()
+    model = SimpleNamespace(
+        interact=lambda embedded: embedded, predict=lambda shared: Output(logit[:, None], none, none)
+    )
+    loss, _, parts = objective(model, batch, None)
+    loss.backward()
+    return parts["rank"], logit.grad
+
+
+def test_the_ranking_loss_sees_no_constant_and_rests_where_the_values_agree():
+    """Requests of 7, 3, 1 and 8 candidates, and one on which the final stage tells nothing."""
+    random = torch.Generator().manual_seed(3)
+    request = torch.repeat_interleave(torch.tensor([7, 3, 1, 8, 4]))
+    final = torch.rand(23, generator=random) * 0.5 + 0.2
+    bid, logit = torch.ones(23), torch.randn(23, generator=random)
+    final[request == 4] = 0.3
+    rank, gradient = ranking_alone(final, logit, bid, request)
+    told = request < 4
+    torch.testing.assert_close(rank, by_definition(final[told], logit.sigmoid()[told], request[told]))
     assert gradient[request == 0].abs().max() > 1e-3
     assert not gradient[(request == 2) | (request == 4)].any()
-    same = (final + 4).requires_grad_()
-    (gradient,) = torch.autograd.grad(list_cross_entropy(final, same, request).nansum(), same)
-    assert gradient.abs().max() < 1e-12
-
-
-def test_large_values_and_float32_are_finite():
-    request = torch.tensor([0, 0, 0, 1, 1])
-    early = torch.tensor([1e4, -1e4, 0.0, 5.0, 5.0], requires_grad=True)
-    loss = list_cross_entropy(torch.tensor([0.1, 0.10001, 0.3, 1e6, 1e6 + 1]), early, request).nansum()
-    loss.backward()
-    assert loss.isfinite()
-    assert early.grad.isfinite().all()
+    moved = (logit.sigmoid() / 2 + torch.tensor([0.4, 0.1, 0.2, 0.3, 0.0])[request]).logit()
+    halved = (logit.sigmoid() / 2).logit()
+    torch.testing.assert_close(
+        ranking_alone(final, moved, bid, request)[0], ranking_alone(final, halved, bid, request)[0]
+    )
+    same = (final + torch.tensor([0.2, -0.1, 0.1, 0.25, 0.0])[request]).logit()
+    assert ranking_alone(final, same, bid, request)[1].abs().max() < 1e-6
 
 
 def test_the_ranking_part_reads_scored_rows_of_whole_requests():
@@ -212,14 +213,6 @@ def test_the_ranking_part_reads_scored_rows_of_whole_requests():
     assert torch.equal(gradient[:IMPRESSIONS], without[:IMPRESSIONS])
 
 
-def test_rows_of_a_request_that_stand_apart_are_refused():
-    batch = rows()
-    batch.group_id[IMPRESSIONS] = 2
-    with pytest.raises(UserError) as error:
-        run(EarlyStageLoss(SCHEMA, teachers=TEACHERS, **RANKING), batch)
-    assert "the rows of a request stand apart in a batch\n  hint: set data.keep_groups_whole=true" in str(error.value)
-
-
 def test_two_ranks_average_to_the_gradient_of_the_joint_batch(monkeypatch):
     def build() -> EarlyStageLoss:
         return EarlyStageLoss(SCHEMA, teachers=TEACHERS, task_weights={"click": 3.0}, **RANKING)
@@ -229,8 +222,8 @@ def test_two_ranks_average_to_the_gradient_of_the_joint_batch(monkeypatch):
         return SimpleNamespace(**columns, extra={name: value[places] for name, value in rows().extra.items()})
 
     def patch(name: str, function) -> None:
-        for module in ("supervised", "early_stage"):
-            monkeypatch.setattr(f"raysys.objectives.{module}.{name}", function)
+        for module in ("objectives.supervised", "objectives.early_stage", "nn.listwise"):
+            monkeypatch.setattr(f"raysys.{module}.{name}", function)
 
     expected = run(build(), rows())
     halves, sums = [part(slice(0, IMPRESSIONS + 5)), part(slice(IMPRESSIONS + 5, None))], []
