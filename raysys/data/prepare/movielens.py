@@ -117,6 +117,32 @@ def prepare(
     prepare_folder(folder, arguments, write)
 
 
+def features_at(
+    rows: pa.Table,
+    item: NDArray[np.int64],
+    train: NDArray[np.int64],
+    source: str | Path | None = None,
+    downloads: str | Path = "data/downloads",
+) -> pa.Table:
+    """The features of rows (user_id, time) with other items, each as known at its time, in the order of the rows.
+
+    item: [rows]. train: the example ids of the training split that a folder was prepared with, whose ratings are known.
+    """
+    ratings, items, users = (_read(kind, source, downloads) for kind in ("inter", "item", "user"))
+    asked = pa.table(
+        {
+            "user_id": rows["user_id"],
+            "item_id": pa.array(item),
+            "rating": pa.array(np.full(len(item), 3.0)),  # of a row that nobody's past shows
+            "time": rows["time"],
+        }
+    )
+    visible = np.zeros(len(ratings) + len(item), np.bool_)
+    visible[train] = True
+    everything, _ = build(pa.concat_tables([ratings, asked]), items, users, visible)
+    return everything.slice(len(ratings)).drop_columns(["example_id", "like", "rating", "stars"])
+
+
 def movielens_schema(sequences: Names[str] = ("liked", "disliked"), embedding_dim: int = 16) -> FeatureSchema:
     """The schema of a prepared folder. `rating` and the columns of unnamed sequences are in the files, but not in it.
 

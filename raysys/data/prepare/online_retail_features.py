@@ -74,10 +74,7 @@ def build(log: Log, negatives: int, draw: Draw, train_rows: int | None, seed: in
     """The rows of train, valid and test in the order of time, those of a request together, and the catalogue after train."""
     bought, returned = log.lines(log.quantity > 0), log.lines(log.quantity < 0)
     end = int(log.time.max(initial=0))
-    full = bought.time[bought.time + RETURN_DAYS * DAY <= end]
-    if len(full) == 0:
-        check_split(np.zeros(len(SPLITS), np.int64), "time", "online_retail")
-    cuts = time_cuts(full)
+    cuts = _cuts(bought, end)
     positive = np.flatnonzero(_sold_lately(bought))
     if train_rows is not None:
         positive = _sampled(bought, positive, cuts[0], train_rows // (1 + negatives), seed)
@@ -88,30 +85,29 @@ def build(log: Log, negatives: int, draw: Draw, train_rows: int | None, seed: in
     window_ends = bought.time[line] + RETURN_DAYS * DAY
     labelled = is_bought & (window_ends < np.where(split == TRAIN, cuts[0], end + 1))
     comes_back = _comes_back(bought, returned)[line]
-    known = _Known(bought, returned, cuts[0])
-    user, time = bought.user[line], bought.time[line]
-    moment = pa.array(time, pa.timestamp("s"))
+    known = Known(bought, returned, cuts[0])
     rows = pa.table(
         {
             "example_id": np.arange(len(line)),
-            "time": time,
+            "time": bought.time[line],
             "request_id": bought.request[line],
             "purchase": is_bought.astype(np.int8),
             "returned": pa.array(comes_back.astype(np.int8), mask=~labelled),
-            "user_id": user,
-            "country": bought.country.take(pa.array(line)),
-            "hour": pc.hour(moment),
-            "weekday": pc.day_of_week(moment),
-            **known.of_users(user, time),
-            "item_id": item,
-            "words": _words(log.titles).take(pa.array(item)),
-            **known.of_items(item, time),
+            **known.of_rows(bought.user[line], bought.country.take(pa.array(line)), item, bought.time[line]),
         }
     )
     items = np.arange(len(log.titles))
     catalogue = {"item_id": items, "title": log.titles, "words": _words(log.titles)}
     catalogue |= known.of_items(items, np.full(len(items), end + 1))
     return [rows.filter(pa.array(split == number)) for number in range(len(SPLITS))], pa.table(catalogue)
+
+
+def _cuts(bought: Log, end: int) -> tuple[int, int]:
+    """When validation and test begin."""
+    full = bought.time[bought.time + RETURN_DAYS * DAY <= end]
+    if len(full) == 0:
+        check_split(np.zeros(len(SPLITS), np.int64), "time", "online_retail")
+    return time_cuts(full)
 
 
 def _sold_lately(bought: Log) -> NDArray[np.bool_]:
@@ -190,7 +186,7 @@ def _comes_back(bought: Log, returned: Log) -> NDArray[np.bool_]:
 
 
 @dataclass(frozen=True)
-class _Known:
+class Known:
     """What the lines before the end of train tell about customers and items at any later time.
 
     All lines of that time are known, those of requests that are no rows as well; none of validation or test is.
@@ -199,6 +195,26 @@ class _Known:
     bought: Log
     returned: Log
     train_end: int
+
+    @classmethod
+    def of(cls, log: Log) -> Known:
+        """What is known of a whole log."""
+        bought = log.lines(log.quantity > 0)
+        return cls(bought, log.lines(log.quantity < 0), _cuts(bought, int(log.time.max(initial=0)))[0])
+
+    def of_rows(self, user: Integers, country: pa.Array, item: Integers, time: Integers) -> dict[str, pa.Array]:
+        """All features of rows: what a customer in a country would see of an item at a time."""
+        moment = pa.array(time, pa.timestamp("s"))
+        return {
+            "user_id": pa.array(user),
+            "country": country,
+            "hour": pc.hour(moment),
+            "weekday": pc.day_of_week(moment),
+            **self.of_users(user, time),
+            "item_id": pa.array(item),
+            "words": _words(self.bought.titles).take(pa.array(item)),
+            **self.of_items(item, time),
+        }
 
     def of_users(self, user: Integers, time: Integers) -> dict[str, pa.Array]:
         """The columns of customers, each as known before `time`."""
