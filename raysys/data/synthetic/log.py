@@ -25,10 +25,13 @@ def prepare(
     already holds the same log.
     """
     spec = spec or SyntheticSpec()
+    arguments = {"generator": "planted 1", "rows": rows} | dataclasses.asdict(spec)
+    if not spec.entire_space:
+        del arguments["entire_space"]  # as in folders that were written before there was such a label
     write_log(
         folder,
         spec.schema(),
-        {"generator": "planted 1", "rows": rows} | dataclasses.asdict(spec),
+        arguments,
         lambda: [(shard, functools.partial(make_rows, spec, shard, rows)) for shard in plan_shards(rows)],
         processes,
     )
@@ -61,7 +64,11 @@ def _labels(rng: np.random.Generator, spec: SyntheticSpec, truth: NDArray[np.flo
         for first in [first for first, then in spec.funnel if then == task]:
             observed[task] &= observed[first] & drawn[first]
     labels = {task: pa.array(drawn[task].astype(np.int8), mask=~observed[task]) for task in spec.tasks}
-    return labels | {task + TRUTH: pa.array(row) for task, row in zip(spec.tasks, truth, strict=True)}
+    true = dict(zip(spec.tasks, truth, strict=True))
+    for name, path in spec.funnel_paths.items():
+        labels[name] = pa.array(np.logical_and.reduce([drawn[task] for task in path]).astype(np.int8))
+        true[name] = np.multiply.reduce([true[task] for task in path])
+    return labels | {task + TRUTH: pa.array(values) for task, values in true.items()}
 
 
 def _ids(rng: np.random.Generator, rows: int, cardinality: int, exponent: float) -> NDArray[np.int32]:

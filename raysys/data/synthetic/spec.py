@@ -37,6 +37,7 @@ class SyntheticSpec:
     base_rates: tuple[float, ...] = (0.2, 0.1, 0.05)  # mean true probability of each task, to a few percent
     correlation: float = 0.5  # of any two tasks' logits over the rows, within each kind
     funnel: tuple[tuple[str, str], ...] = (("click", "conversion"),)  # (first, then): `then` is null unless first = 1
+    entire_space: bool = False  # besides, for all rows, whether first and then happened: "click_and_conversion"
 
     dense: float = 0.4  # linear in the dense columns
     effects: float = 0.7  # one effect per id of every id column
@@ -64,6 +65,16 @@ class SyntheticSpec:
         context = {f"c{number}": cardinality for number, cardinality in enumerate(self.cardinalities)}
         return {"user_id": self.num_users, "item_id": self.num_items} | context
 
+    @property
+    def funnel_paths(self) -> dict[str, tuple[str, ...]]:
+        """By label of `entire_space` the tasks that all have to happen for it: the end of a funnel and what is before it."""
+        before: dict[str, set[str]] = {}
+        for task in self.tasks:  # in order, so that what is before the first step is known at the second
+            firsts = [first for first, then in self.funnel if then == task]
+            before[task] = set(firsts).union(*(before[first] for first in firsts))
+        paths = [tuple(t for t in self.tasks if t in before[task] | {task}) for task in self.tasks if before[task]]
+        return {"_and_".join(path): path for path in paths} if self.entire_space else {}
+
     def missing_share(self, column: str) -> float:
         """The share of nulls in a column: `user_id` and `item_id` are always there."""
         return 0.0 if column in ("user_id", "item_id") else self.missing
@@ -82,7 +93,7 @@ class SyntheticSpec:
                 for name, table in tables.items()
             ),
             sequences=(history,) if self.history_length else (),
-            labels=tuple(Label(task, required=task not in then) for task in self.tasks),
+            labels=(*(Label(task, required=task not in then) for task in self.tasks), *map(Label, self.funnel_paths)),
             example_id="example_id",
             group_id="user_id",
             time="time",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from raysys.data.synthetic.spec import STRENGTHS, TRUTH
 from raysys.data.synthetic.write import SHARD_ROWS, Shard, plan_shards
 from raysys.data.synthetic.zipf import head_shares
 from raysys.data.transforms import Transforms
+from raysys.errors import UserError
 from raysys.schema import FeatureSchema
 
 NOTHING = dict.fromkeys(STRENGTHS, 0.0)
@@ -90,6 +92,47 @@ def test_a_conversion_is_seen_only_after_a_click():
     # Those who click are not like everybody else: with correlated tasks the rate among them is higher.
     truth = table["cart" + TRUTH].to_numpy()
     assert truth[click == 1].mean() > truth.mean() + 0.03
+
+
+def test_labels_of_the_entire_space_leave_the_other_columns_as_they_are():
+    plain, whole = rows_of(SyntheticSpec(), 5000), rows_of(SyntheticSpec(entire_space=True), 5000)
+    new = ["click_and_conversion", "click_and_conversion" + TRUTH]
+    assert [name for name in whole.column_names if name not in plain.column_names] == new
+    assert whole.select(plain.column_names).equals(plain)
+    both = whole["conversion"].fill_null(0).to_numpy()  # null where there was no click
+    assert whole[new[0]].null_count == 0
+    assert np.array_equal(whole[new[0]].to_numpy(), both)
+    assert 0 < both.sum() < whole["click"].to_numpy().sum()
+    click, conversion = (whole[task + TRUTH].to_numpy() for task in ("click", "conversion"))
+    assert np.array_equal(whole[new[1]].to_numpy(), click * conversion)
+    schema = SyntheticSpec(entire_space=True).schema()
+    assert [label.name for label in schema.labels if label.required] == ["click", "like", "click_and_conversion"]
+
+
+def test_of_a_funnel_of_three_steps_the_last_label_is_that_all_happened():
+    funnel = (("click", "cart"), ("cart", "buy"), ("click", "buy"))
+    tasks = ("click", "cart", "other", "buy")
+    spec = SyntheticSpec(tasks=tasks, base_rates=(0.3,) * 4, funnel=funnel, entire_space=True)
+    table = rows_of(spec, 5000)
+    assert list(spec.funnel_paths) == ["click_and_cart", "click_and_cart_and_buy"]
+    assert np.array_equal(table["click_and_cart_and_buy"].to_numpy(), table["buy"].fill_null(0).to_numpy())
+    truth = np.prod([table[task + TRUTH].to_numpy() for task in ("click", "cart", "buy")], 0)
+    assert np.allclose(table["click_and_cart_and_buy" + TRUTH].to_numpy(), truth, rtol=1e-15, atol=0)
+
+
+def test_the_best_possible_metrics_of_the_entire_space_are_known(tmp_path):
+    prepare(tmp_path / "log", rows=30_000, spec=SyntheticSpec(entire_space=True), processes=1)
+    found = json.loads((tmp_path / "log" / "prepared.json").read_text())
+    bayes = found["bayes"]["train"]["click_and_conversion"]
+    assert bayes["rows"] == found["rows"]["train"] == 24_999
+    assert bayes["calibration"] == pytest.approx(1, abs=4 * (bayes["base_rate"] * bayes["rows"]) ** -0.5)
+    assert bayes["ne"] < 0.9
+
+
+def test_folders_of_before_the_entire_space_count_as_prepared(log):
+    assert "entire_space" not in json.loads((log / "prepared.json").read_text())["arguments"]
+    with pytest.raises(UserError, match="was prepared with entire_space = None, not True"):
+        prepare(log, rows=90_000, spec=SyntheticSpec(entire_space=True))
 
 
 def test_the_missing_share_is_as_set():
