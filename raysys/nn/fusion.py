@@ -31,16 +31,12 @@ def fuse(logits: Tensor, log_weights: Tensor) -> Tensor:
     return torch.logsumexp(shares + logits, -1)
 
 
-def symmetric_kl(first: Tensor, second: Tensor) -> Tensor:
-    """½ [KL(p ‖ q) + KL(q ‖ p)] of Bernoulli distributions with these logits, elementwise, without a logarithm."""
-    return 0.5 * (first.sigmoid() - second.sigmoid()) * (first - second)
-
-
 def peer_divergence(means: Tensor, natural: Tensor) -> Tensor:
     """The mean over all pairs of models of ½ (μ_i - μ_j)(η_i - η_j), [..., M] → [...]; 0 where M is 1.
 
-    With μ = p and η = z it is the mean of `symmetric_kl`; with μ = η = a prediction of unit variance, that of its Gaussian
-    form ½ (η_i - η_j)². It is the covariance of μ and η over the models, so no pair is written out.
+    With μ = p and η = z that is ½ [KL(p_i ‖ p_j) + KL(p_j ‖ p_i)] of Bernoulli distributions, without a logarithm; with
+    μ = η = a prediction of unit variance its Gaussian form ½ (η_i - η_j)². It is the covariance of μ and η over the models,
+    so no pair is written out.
     """
     models = natural.shape[-1]
     centred = (means - means.mean(-1, keepdim=True)) * (natural - natural.mean(-1, keepdim=True))

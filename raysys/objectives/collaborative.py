@@ -11,7 +11,7 @@ from torch import Tensor
 from raysys.errors import UserError, nearest
 from raysys.nn.collectives import global_sum, world_size
 from raysys.nn.fusion import peer_distance, peer_divergence
-from raysys.objectives.supervised import Ranker, Supervised
+from raysys.objectives.supervised import Ranker, Supervised, or_one
 from raysys.schema import FeatureSchema
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from raysys.models.outputs import Embedded, Output
 
 KL_MODES = ("symmetric", "forward_detached")
-_TINY = 1e-20  # smaller than any sum of weights that is not 0
+_TINY = 1e-20  # of variances: below it errors are all the same
 
 
 class Collaborative(Supervised):
@@ -75,7 +75,7 @@ class Collaborative(Supervised):
         fused = self.task_losses(output.logits, batch)
         logits = torch.stack([member.logits for member in output.members.values()]).float()  # [M, B, T]
         means = torch.where(self.binary, logits.sigmoid(), logits)
-        share = world_size() * batch.weight * batch.label_mask / fused.labelled.clamp(min=_TINY)  # [B, T]
+        share = world_size() * batch.weight * batch.label_mask / or_one(fused.labelled)  # [B, T]
         rows = self._row_losses(logits.flatten(0, 1), batch.labels.repeat(len(logits), 1)).view_as(logits)
         members = (share * rows).sum(1)  # [M, T]
         peers = (share * self._peer_rows(means, logits)).sum(0)  # [T]

@@ -14,7 +14,6 @@ from raysys.nn.fusion import (
     negation_entropy,
     peer_distance,
     peer_divergence,
-    symmetric_kl,
 )
 
 TEMPERATURES = (0.01, 0.3, 1.0, 3.0, 100.0)
@@ -24,9 +23,16 @@ def random_logits(*shape: int, scale: float = 3.0, seed: int = 0) -> torch.Tenso
     return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """KL(p ‖ q) of Bernoulli distributions, with logarithms."""
+def kl(z: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL(p ‖ q) of Bernoulli distributions with these logits, by its definition with logarithms."""
+    p, q = z.sigmoid(), other.sigmoid()
     return p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+
+
+def pair_divergence(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """J of two models."""
+    logits = torch.stack([first, second], -1)
+    return peer_divergence(logits.sigmoid(), logits)
 
 
 def test_confidence_is_the_negation_entropy_within_its_bounds():
@@ -95,6 +101,7 @@ def test_below_one_half_fusion_is_biased_downwards(temperature, expected):
     assert fuse(logits, log_weights).sigmoid().item() == pytest.approx(expected, abs=5e-5)
     if temperature == 1:
         assert log_weights.exp()[0].tolist() == pytest.approx([0.567, 0.433], abs=5e-4)
+        assert logits.sigmoid().mean().item() == pytest.approx(0.055)  # the plain mean
 
 
 def test_fused_logits_are_those_of_the_weighted_probabilities_with_their_gradient():
@@ -120,24 +127,22 @@ def test_one_model_is_itself_bit_for_bit(temperature):
     assert torch.equal(peer_distance(logits), torch.zeros(50))
 
 
-def test_symmetric_kl_equals_its_logarithms_is_symmetric_and_zero_for_equal_logits_alone():
+def test_the_divergence_of_a_pair_is_symmetric_kl_and_zero_for_equal_logits_alone():
     first, second = random_logits(500), random_logits(500, seed=1)
-    p, q = first.sigmoid(), second.sigmoid()
-    found = symmetric_kl(first, second)
-    torch.testing.assert_close(found, 0.5 * (kl(p, q) + kl(q, p)), atol=1e-6, rtol=1e-6)
+    found = pair_divergence(first, second)
+    torch.testing.assert_close(found, 0.5 * (kl(first, second) + kl(second, first)), atol=1e-6, rtol=1e-6)
     assert (found > 0).all()
-    assert torch.equal(found, symmetric_kl(second, first))
-    assert torch.equal(symmetric_kl(first, first), torch.zeros(500, dtype=torch.float64))
+    assert torch.equal(found, pair_divergence(second, first))
+    assert torch.equal(pair_divergence(first, first), torch.zeros(500, dtype=torch.float64))
 
 
 def test_the_gradient_of_the_pair_is_the_sum_of_both_with_the_peer_detached():
     first, second = random_logits(100).requires_grad_(), random_logits(100, seed=1).requires_grad_()
 
     def half(z, peer):
-        p, q = z.sigmoid(), peer.detach().sigmoid()
-        return 0.5 * (kl(p, q) + kl(q, p)).sum()
+        return 0.5 * (kl(z, peer.detach()) + kl(peer.detach(), z)).sum()
 
-    joint = torch.autograd.grad(symmetric_kl(first, second).sum(), (first, second))
+    joint = torch.autograd.grad(pair_divergence(first, second).sum(), (first, second))
     torch.testing.assert_close(joint, torch.autograd.grad(half(first, second) + half(second, first), (first, second)))
     p, q = first.detach().sigmoid(), second.detach().sigmoid()
     torch.testing.assert_close(joint[0], 0.5 * ((p - q) + p * (1 - p) * (first - second).detach()))
@@ -146,14 +151,14 @@ def test_the_gradient_of_the_pair_is_the_sum_of_both_with_the_peer_detached():
 @pytest.mark.parametrize("models", [2, 3, 6])
 def test_peer_terms_are_means_over_all_pairs(models):
     logits = random_logits(100, models).requires_grad_()
-    pairs = [(i, j) for i in range(models) for j in range(i)]
-    expected = torch.stack([symmetric_kl(logits[:, i], logits[:, j]) for i, j in pairs]).mean(0)
+    pairs = [(logits[:, i], logits[:, j]) for i in range(models) for j in range(i)]
+    expected = torch.stack([0.5 * (kl(z, other) + kl(other, z)) for z, other in pairs]).mean(0)
     found = peer_divergence(logits.sigmoid(), logits)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found.sum(), logits), torch.autograd.grad(expected.sum(), logits))
-    distance = torch.stack([(logits[:, i] - logits[:, j]).abs() for i, j in pairs]).mean(0)
+    distance = torch.stack([(z - other).abs() for z, other in pairs]).mean(0)
     torch.testing.assert_close(peer_distance(logits), distance)
-    gaussian = torch.stack([0.5 * (logits[:, i] - logits[:, j]).square() for i, j in pairs]).mean(0)
+    gaussian = torch.stack([0.5 * (z - other).square() for z, other in pairs]).mean(0)
     torch.testing.assert_close(peer_divergence(logits, logits), gaussian)
 
 
@@ -164,7 +169,7 @@ def test_everything_is_finite_in_single_precision_up_to_100():
         log_weights = confidence_log_weights(logits, temperature)
         fused = fuse(logits, log_weights)
         losses = F.binary_cross_entropy_with_logits(fused, torch.ones_like(fused)) + F.softplus(fused).mean()
-        total = losses + peer_divergence(logits.sigmoid(), logits).mean() + symmetric_kl(*logits.unbind(1)).mean()
+        total = losses + peer_divergence(logits.sigmoid(), logits).mean()
         gradient = torch.autograd.grad(total + negation_entropy(logits).mean(), logits)[0]
         for value in (log_weights, fused, total, gradient):
             assert value.isfinite().all()

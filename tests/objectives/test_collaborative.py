@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from raysys.errors import UserError
 from raysys.models.outputs import Embedded, Output
-from raysys.nn.fusion import confidence_log_weights, fuse, symmetric_kl
+from raysys.nn.fusion import confidence_log_weights, fuse
 from raysys.objectives.collaborative import Collaborative
 from raysys.objectives.supervised import Supervised
 from raysys.schema import FeatureSchema
@@ -105,10 +105,10 @@ def test_the_loss_by_hand():
         fused = mean(losses(output.logits.double()[:, task], task), task)
         members = [mean(losses(z[i, :, task], task), task) for i in range(MODELS)]
         apart = [z[i, :, task] - z[j, :, task] for i, j in pairs]
-        peers = [symmetric_kl(z[i, :, 0], z[j, :, 0]) for i, j in pairs] if task == 0 else [0.5 * d**2 for d in apart]
+        means = z[:, :, 0].sigmoid() if task == 0 else z[:, :, 1]
+        peers = [0.5 * (means[i] - means[j]) * d for (i, j), d in zip(pairs, apart, strict=True)]
         peer = sum(mean(value, task) for value in peers) / len(pairs)
-        predictions = z[:, :, 0].sigmoid() if task == 0 else z[:, :, 1]
-        errors = predictions - y[:, task]
+        errors = means - y[:, task]
         correlations = torch.cov(errors, aweights=w[:, task], correction=0)
         scale = correlations.diagonal().sqrt()
         correlations = correlations / scale[:, None] / scale
