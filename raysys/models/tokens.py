@@ -59,7 +59,8 @@ class TokenStack(nn.Module):
                 self.targets.append(_target_tokens(schema, sequence) if target_attention else [])
                 self.attention.append(AttentionPool(dim, with_target=bool(self.targets[-1])))
         if not names:
-            raise UserError(f"{schema.source}: no dense, sparse or sequence feature that the model can use")
+            hint = "set sequence_pooling=mean: with 'none' a history makes no token" if schema.sequences else None
+            raise UserError(f"{schema.source}: no dense, sparse or sequence feature that the model can use", hint)
         self.names = tuple(names)
         self.dropout = nn.Dropout(dropout)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from raysys.errors import UserError, nearest
+from raysys.errors import UserError, check_count, nearest
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU, "tanh": nn.Tanh}
 
@@ -22,6 +22,7 @@ def activation(name: str) -> nn.Module:
 
 def linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
     """A linear map with Xavier weights and a bias that starts at 0."""
+    check_count("the width of a layer", outputs)
     layer = nn.Linear(inputs, outputs, bias=bias)
     nn.init.xavier_uniform_(layer.weight)
     if bias:
@@ -49,6 +50,7 @@ class ParallelLinear(nn.Module):
 
     def __init__(self, num: int, inputs: int, outputs: int) -> None:
         super().__init__()
+        check_count("the width of a layer", outputs)
         self.weight = nn.Parameter(torch.empty(num, inputs, outputs))
         self.bias = nn.Parameter(torch.zeros(num, 1, outputs))
         for matrix in self.weight:

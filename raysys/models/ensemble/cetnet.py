@@ -144,7 +144,10 @@ def _built(name: str, build: Callable[..., RankingModel], **arguments: Any) -> R
     given = build.keywords.keys() & {"schema", "seed", "device"} if isinstance(build, partial) else ()
     for key in given:
         raise UserError(f"members.{name}.{key} is given", "the ensemble gives it: leave it out")
-    member = build(**arguments, device="meta")
+    try:
+        member = build(**arguments, device="meta")
+    except UserError as error:
+        raise UserError(f"members.{name}: {error.message}", error.hint) from None
     if not isinstance(member, RankingModel):
         raise UserError(
             f"members.{name} is a {type(member).__name__}", "a raysys.models.ranking.base.RankingModel is expected"

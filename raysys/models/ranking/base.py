@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from raysys.data.batch import Batch
-from raysys.errors import UserError
+from raysys.errors import UserError, check_count
 from raysys.models.embeddings import Embeddings
 from raysys.models.heads import Head, TaskTowers
 from raysys.models.outputs import Embedded, Output
@@ -73,6 +73,10 @@ class RankingModel(nn.Module, ABC):
         super().__init__()
         if not schema.labels:
             raise UserError(f"{schema.source}: a ranking model needs a label")
+        check_count("embedding_dim", embedding_dim)
+        for key, share in {"dropout": dropout, "embedding_dropout": embedding_dropout}.items():
+            if not 0 <= share < 1:
+                raise UserError(f"{key} is {share}", "a number of at least 0 and below 1 is expected")
         if self.reads_sequences and not schema.sequences:
             raise UserError(
                 f"{schema.source}: {type(self).__name__} needs a sequence",

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchrec.modules.crossnet import CrossNet, LowRankCrossNet
 from typing_extensions import Unpack
 
-from raysys.errors import UserError, nearest
+from raysys.errors import UserError, check_count, nearest
 from raysys.models.outputs import Embedded
 from raysys.models.ranking.base import RankingModel, SharedArguments
 from raysys.nn.mlp import MLP
@@ -53,6 +53,7 @@ class DCNv2(RankingModel):
         )
         if structure not in STRUCTURES:
             raise UserError(f"unknown structure {structure!r}", nearest(structure, STRUCTURES))
+        check_count("cross_layers", cross_layers, 0)
         if rank is not None and rank < 1:
             raise UserError(f"rank is {rank}", "a positive number is expected, or null for full matrices")
         self.parallel = structure == "parallel"

@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 from raysys.errors import UserError, check_count, nearest
 from raysys.models.outputs import Embedded
 from raysys.models.ranking.base import RankingModel, SharedArguments
+from raysys.nn.attention import check_heads
 from raysys.nn.interactions import (
     ConvInteraction,
     CrossInteraction,
@@ -41,6 +42,13 @@ class InteractionSizes:
     dot_compress: int = 4
     hidden: tuple[int, ...] = (256,)
     activation: str = "silu"
+
+    def __post_init__(self) -> None:
+        for key in ("rank", "conv_channels", "conv_kernel"):
+            check_count(key, getattr(self, key))
+        check_count("dot_compress", self.dot_compress, 0)
+        if self.d_ff is not None:
+            check_count("d_ff", self.d_ff)
 
 
 class DHENLayer(nn.Module):
@@ -195,9 +203,7 @@ def _interaction(name: str, num_tokens: int, dim: int, length: int, sizes: Inter
         case "dot":
             return DotInteraction(*shape, compress=sizes.dot_compress, hidden=sizes.hidden, activation_name=act)
         case "self_attention":
-            if dim % sizes.heads:
-                fitting = ", ".join(str(heads) for heads in range(1, dim + 1) if dim % heads == 0)
-                raise UserError(f"heads {sizes.heads} does not divide embedding_dim {dim}", f"heads can be {fitting}")
+            check_heads(sizes.heads, dim)
             return SelfAttentionInteraction(*shape, heads=sizes.heads, d_ff=sizes.d_ff or 2 * dim, activation_name=act)
         case "dcn":
             return CrossInteraction(*shape, rank=sizes.rank)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from raysys.errors import UserError, nearest
+from raysys.errors import UserError, check_count, nearest
 from raysys.models.outputs import Embedded
 from raysys.models.ranking.base import RankingModel, SequenceModelArguments
 from raysys.models.ranking.dhen import DHENLayer, InteractionSizes
@@ -229,14 +229,10 @@ class InterFormer(RankingModel):
             seed=seed,
             **shared,
         )
-        for name, value, least in (
-            ("layers", layers, 1),
-            ("num_summary", num_summary, 1),
-            ("num_pma", num_pma, 0),
-            ("num_recent", num_recent, 0),
-        ):
-            if value < least:
-                raise UserError(f"{name} is {value}", f"at least {least} is expected")
+        for key, number in {"layers": layers, "num_summary": num_summary}.items():
+            check_count(key, number)
+        for key, number in {"num_pma": num_pma, "num_recent": num_recent}.items():
+            check_count(key, number, 0)
         self.names = [sequence.name for sequence in schema.sequences]
         self.num_summary, self.num_recent, self.s2n = num_summary, num_recent, s2n
         dim, num_tokens = embedding_dim, len(self.tokens.names)

@@ -74,3 +74,5 @@ def test_wrong_structure_and_rank(plain_schema):
     assert caught.value.hint == "did you mean 'parallel'?"
     with pytest.raises(UserError, match="rank is 0"):
         DCNv2(plain_schema, rank=0)
+    with pytest.raises(UserError, match="cross_layers is -1"):
+        DCNv2(plain_schema, cross_layers=-1)

@@ -165,6 +165,17 @@ def test_order_of_tokens_is_part_of_the_model(plain_schema, make_batch):  # item
             "heads 3 does not divide embedding_dim 8",
             "heads can be 1, 2, 4, 8",
         ),
+        (
+            {"modules": ["self_attention"], "heads": 0},
+            "heads 0 does not divide embedding_dim 8",
+            "heads can be 1, 2, 4, 8",
+        ),
+        ({"rank": 0}, "rank is 0", "at least 1 is expected"),
+        ({"conv_kernel": 0}, "conv_kernel is 0", "at least 1 is expected"),
+        ({"conv_channels": 0}, "conv_channels is 0", "at least 1 is expected"),
+        ({"dot_compress": -1}, "dot_compress is -1", "at least 0 is expected"),
+        ({"d_ff": 0}, "d_ff is 0", "at least 1 is expected"),
+        ({"hidden": [8, 0]}, "the width of a layer is 0", "at least 1 is expected"),
         ({"ensemble": "summ"}, "unknown ensemble 'summ'", "did you mean 'sum'?"),
         ({"layers": 0}, "layers is 0", "at least 1 is expected"),
         (

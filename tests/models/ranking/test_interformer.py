@@ -331,3 +331,12 @@ def test_impossible_configs(schema, keys, message, hint):
 def test_a_schema_without_sequences_is_an_error(plain_schema):
     with pytest.raises(UserError, match="schema: InterFormer needs a sequence"):
         model_of(plain_schema)
+
+
+def test_histories_alone_are_enough_where_they_are_tokens_as_well(schema, make_batch):
+    tables = tuple(table for table in schema.tables if table.name in ("item", "rating"))
+    alone = dataclasses.replace(schema, tables=tables, sparse=(), dense=())
+    with pytest.raises(UserError) as caught:
+        model_of(alone)
+    assert caught.value.hint == "set sequence_pooling=mean: with 'none' a history makes no token"
+    assert model_of(alone, sequence_pooling="mean")(make_batch(alone, 5)).logits.isfinite().all()

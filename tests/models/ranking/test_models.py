@@ -21,9 +21,14 @@ SMALL = {"embedding_dim": 8, "bottom": [8]}
 
 
 @pytest.fixture(params=NAMES)
-def build(request):
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def build(name):
     """`build(schema, key=value)`: a model as its YAML file has it, with narrow tokens."""
-    node = compose([f"model={request.param}"])["model"]
+    node = compose([f"model={name}"])["model"]
     return lambda schema, **keys: instantiate(with_keys(node, SMALL | keys) | given(keys), schema=schema)
 
 
@@ -51,18 +56,67 @@ def test_outputs_and_steps(build, schema, make_batch):
     assert steps.embedded is None
 
 
-def test_one_task_and_single_ids_only(build, plain_schema, make_batch):
-    try:
-        model = build(plain_schema)
-    except UserError as error:
-        message = error.message
+NO_SEQUENCE = {
+    "din": "schema: DIN needs a sequence",
+    "interformer": "schema: InterFormer needs a sequence",
+    "cetnet": "members.interformer: schema: InterFormer needs a sequence",
+}
+NEEDS = {
+    "dense": {},
+    "sparse": {
+        "din": "schema: DIN needs an item feature that shares a table with sequence 'history'",
+        "early_stage": "schema: EarlyStage needs a dense or sparse feature of the item",
+    },
+    "sequences": NO_SEQUENCE,
+    "all but ids": NO_SEQUENCE
+    | {
+        "early_stage": "schema: EarlyStage needs a dense or sparse feature of the item",
+        "esmm": "ESMM needs a task for conversion, and there is no 'conversion'",
+    },
+}
+
+
+@pytest.mark.parametrize("lack", NEEDS)
+def test_a_schema_without_a_kind_of_feature(name, build, lack, schema, plain_schema, make_batch):
+    """Each model predicts from what there is, or says what it needs. Plain ids: one task, no sides, no other feature."""
+    if lack == "all but ids":
+        schema = plain_schema
     else:
-        message = None
-    if message is not None:
-        assert "needs a" in message
+        left = {"sparse": schema.sparse, "sequences": schema.sequences, lack: ()}
+        used = {f.table for f in left["sparse"]} | {f.table for s in left["sequences"] for f in s.features}
+        tables = tuple(table for table in schema.tables if table.name in used)
+        schema = dataclasses.replace(schema, tables=tables, **{lack: ()})
+    if name in NEEDS[lack]:
+        with pytest.raises(UserError) as caught:
+            build(schema)
+        assert caught.value.message == NEEDS[lack][name]
         return
-    assert model(make_batch(plain_schema, 5)).logits.shape == (5, 1)
-    assert model(make_batch(plain_schema, 1)).logits.isfinite().all()
+    logits = build(schema)(make_batch(schema, 5)).logits
+    assert logits.shape == (5, len(schema.labels))
+    assert logits.isfinite().all()
+    assert build(schema)(make_batch(schema, 1)).logits.isfinite().all()
+
+
+def test_a_schema_without_any_feature_is_an_error(build, plain_schema):
+    with pytest.raises(UserError, match=r"needs a|no dense, sparse or sequence feature"):
+        build(dataclasses.replace(plain_schema, tables=(), sparse=()))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("embedding_dim", 0, "embedding_dim is 0"),
+        ("dropout", 1.0, "dropout is 1.0"),
+        ("embedding_dropout", -0.1, "embedding_dropout is -0.1"),
+        ("bottom", [8, 0], "the width of a layer is 0"),
+        ("sequence_pooling", "max", "unknown sequence_pooling 'max'"),
+        ("activation", "reluu", "unknown activation 'reluu'"),
+    ],
+)
+def test_impossible_values_of_common_keys(build, schema, key, value, message):
+    with pytest.raises(UserError) as caught:
+        build(schema, **{key: value})
+    assert caught.value.message.rpartition(": ")[2] == message  # an ensemble names the member before it
 
 
 def test_flops_are_counted(build, schema):
