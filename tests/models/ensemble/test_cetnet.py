@@ -150,6 +150,27 @@ def test_identical_members_differ_by_their_seeds(schema, make_batch):
     assert not torch.equal(table_of(model, "a__item"), table_of(model, "b__item"))
 
 
+def test_members_with_the_same_weights_are_each_of_them(schema, make_batch):
+    """The fused prediction, its loss and its gradient are those of one member, and nothing pulls them apart."""
+    model, batch = CETNet(schema, members={"a": DHEN_MEMBER, "b": DHEN_MEMBER}), make_batch(schema, 9)
+    first, second = member_weights(model, "a"), member_weights(model, "b")
+    with torch.no_grad():
+        for key, value in second.items():
+            value.copy_(first[key])
+    loss, output, parts = Collaborative(schema, peer_weight=5.0, ramp=0)(model, batch, model.embed(batch))
+    alone = output.members["a"].logits
+    torch.testing.assert_close(output.logits, alone)
+    assert torch.equal(output.extra["fusion_weights"], torch.full((9, 2, 2), 0.5))
+    expected = sum(Supervised(schema).task_losses(alone, batch).per_task)
+    torch.testing.assert_close(loss, expected)
+    for task in schema.tasks:
+        assert parts[f"{task}.peers"] == parts[f"{task}.distance"] == 0
+        assert parts[f"{task}.error_correlation"] == pytest.approx(1)
+    loss.backward()
+    for key, value in second.items():
+        torch.testing.assert_close(value.grad, first[key].grad, msg=key)
+
+
 def test_uniform_weights_give_the_mean_probability(schema, make_batch):
     output = CETNet(schema, members=TRIO, uniform=True)(make_batch(schema, 9))
     mean = torch.stack([member.logits.sigmoid() for member in output.members.values()]).mean(0)
@@ -265,6 +286,10 @@ def test_shared_tables_are_seen_by_all_members(schema, make_batch):
         ({"members": {"a": None}}, "members.a is None"),
         ({"members": {"a": partial(DHEN_MEMBER, seed=3)}}, "members.a.seed is given"),
         ({"members": {"a": partial(CETNet, members=PAIR)}}, "members.a is a CETNet"),
+        (
+            {"members": PAIR | {"b": partial(DHEN_MEMBER, modules=["self_attention"], heads=3)}},
+            "members.b: heads 3 does not divide embedding_dim 8",
+        ),
         (
             {"members": PAIR | {"b": partial(DLRM_MEMBER, init_scale=0.1)}, "shared_tables": True},
             "shared_tables: members have init_scale",

@@ -10,7 +10,7 @@ from torch import nn
 
 from raysys.errors import UserError
 from raysys.models.ranking.din import DIN, Dice, DiceMLP
-from raysys.schema import Sequence, SequenceFeature, SparseFeature
+from raysys.schema import DenseFeature, FeatureSchema, Label, Sequence, SequenceFeature, SparseFeature, Table
 
 D = 8
 
@@ -164,3 +164,42 @@ def test_schemas_that_din_cannot_use(schema, plain_schema):
         model_of(dataclasses.replace(schema, sequences=(*schema.sequences, queries)))
     assert caught.value.message == "schema: DIN needs an item feature that shares a table with sequence 'queries'"
     assert caught.value.hint == "give a sparse feature of side item one of its tables: rating"
+
+
+TAOBAO = (
+    {"adgroup_id": 246851, "age_level": 9, "brand": 308870, "btag": 6, "campaign_id": 191771, "cate_id": 11330}
+    | {"cms_group_id": 15, "cms_segid": 99, "customer": 132136, "final_gender_code": 4, "new_user_class_level": 7}
+    | {"occupation": 4, "pid": 4, "pvalue_level": 6, "shopping_level": 5, "userid": 403958}
+)
+AMAZON = {"item_id": 63003, "cate_id": 803}
+KUAI = {"user_id": 10002, "item_id": 632406, "item_emb": 3242317}
+WIDE, NARROW = (1024, 512, 256), (512, 256, 128)
+
+
+@pytest.mark.parametrize(
+    ("tables", "targets", "histories", "keys", "published", "apart"),
+    [
+        # theirs has a batch norm with a scale and a shift before each Dice
+        (AMAZON, ("item_id", "cate_id"), 1, {"deep": WIDE, "dice": True}, 5_403_522, 2 * sum(WIDE)),
+        # their map of the price has no bias
+        (TAOBAO, ("cate_id", "brand", "btag"), 1, {"embedding_dim": 32, "deep": NARROW}, 42_263_682, -32),
+        # theirs maps frozen vectors of the items, here a third table, by a matrix in each of three places; Dice in `deep` only
+        (KUAI, ("item_id", "item_emb"), 2, {"deep": WIDE}, 43_032_835, 3 * 64**2 + sum(WIDE) - 64 * KUAI["item_emb"]),
+    ],
+    ids=["amazon", "taobao", "kuai"],
+)
+def test_the_published_numbers_of_parameters(tables, targets, histories, keys, published, apart):
+    """Those of BARS's runs on its three sets, which settle what is embedded and what each MLP sees."""
+    keys = {"embedding_dim": 64, **keys}
+    schema = FeatureSchema(
+        tables=tuple(Table(name, rows, keys["embedding_dim"]) for name, rows in tables.items()),
+        dense=(DenseFeature("price"),) if tables is TAOBAO else (),
+        sparse=tuple(SparseFeature(name, name, side="item" if name in targets else "user") for name in tables),
+        sequences=tuple(
+            Sequence(f"h{place}", tuple(SequenceFeature(f"h{place}_{name}", name) for name in targets), max_length=100)
+            for place in range(histories)
+        ),
+        labels=(Label("click"),),
+    )
+    model = DIN(schema, attention=(512, 256), bottom=(), device="meta", **keys)
+    assert sum(parameter.numel() for parameter in model.parameters()) == published - apart
