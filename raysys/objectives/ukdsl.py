@@ -91,8 +91,9 @@ class UKDSL(Supervised):
                 f"objective.loss=listwise needs a group_id in {schema.source}, and labeled_share 0",
                 "name the column of the requests; a labelled row learns from its label and in its list",
             )
+        self.teachers = {task: teachers[task] for task in schema.tasks if task in teachers}
+        """The teacher's column by task; evaluation compares the model with it."""
         self.tasks = [place for place, task in enumerate(schema.tasks) if task in teachers]
-        self.columns = [teachers[schema.tasks[place]] for place in self.tasks]
         self.sampling_weight = sampling_weight
         self.labeled_share, self.unlabeled_weight = labeled_share, unlabeled_weight
         self.temperature, self.loss, self.shared_width = temperature, loss, shared_width
@@ -141,7 +142,7 @@ class UKDSL(Supervised):
 
     def _teacher(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The teacher's probabilities [B, K], corrected, ½ where it did not speak; and where it spoke."""
-        teacher = torch.stack([self._extra(batch, column) for column in self.columns], 1)
+        teacher = torch.stack([self._extra(batch, column) for column in self.teachers.values()], 1)
         spoke = ~teacher.isnan()
         teacher = torch.where(spoke, teacher, 0.5)
         if self.shift is not None and self.teacher_rank is not None:

@@ -59,6 +59,43 @@ def calibration(record: RunRecord) -> Markup | None:
     return tag("div", *figures, class_="grid three") if figures else None
 
 
+def selection(record: RunRecord) -> Markup | None:
+    """Of tasks with a teacher, on the most final split: is the model right on what it ranks first within a request?"""
+    splits = {event["split"]: event["selection"] for event in record.evaluations if event.get("selection")}
+    split = next((split for split in reversed(SPLITS) if split in splits), None)
+    if split is None:
+        return None
+    figures = [
+        _selection(task, split, splits[split][task]) for task in record.tasks[:DRAWN_TASKS] if task in splits[split]
+    ]
+    return tag("div", *figures, class_="grid")
+
+
+def _selection(task: str, split: str, parts: dict[str, list[dict[str, Any]]]) -> Markup:
+    ratios = {
+        part: [one["predicted"] / one["reference"] if one["reference"] > 0 else None for one in depths]
+        for part, depths in parts.items()
+    }
+    names = {"labels": "rows with a label, to the label", "teacher": "other rows, to the teacher"}
+    place = [float(i) for i in range(len(parts["labels"]))]
+    series = [Series(name, place, ratios[part], f"c{i}", dots=True) for i, (part, name) in enumerate(names.items())]
+    series = [one for one in series if any(y is not None for y in one.y)]
+    title = f"Predicted over true · {task} · {split}"
+    if not series:
+        return figure(title, Markup(""), [], "no positive label, and no teacher on rows without a label")
+    depths = ["all" if one["depth"] is None else str(one["depth"]) for one in parts["labels"]]
+    x_label = "candidates of each request that the model ranks first"
+    chart = line_chart(series, x_label, "predicted over true", level=1.0, categories=depths)
+    cells: list[list[object]] = [
+        [depth, count(labels["rows"]), number(labels["reference"], 0), number(ratios["labels"][i], 3),
+         count(teacher["rows"]), number(ratios["teacher"][i], 3)]
+        for i, (depth, labels, teacher) in enumerate(zip(depths, parts["labels"], parts["teacher"], strict=True))
+    ]  # fmt: skip
+    head = ["first", "labelled", "positives", "ratio", "others", "ratio"]
+    note = "above 1: too much is promised. Places are among all candidates of a request, with a label or without."
+    return figure(title, join([chart, tag("p", note, class_="note"), table(head, cells)]), series)
+
+
 def throughput(record: RunRecord) -> Markup | None:
     """Rows per second over steps, and where the time of a step goes."""
     drawn = []

@@ -32,6 +32,7 @@ _SECTIONS: tuple[tuple[str, Callable[[RunRecord], Markup | None]], ...] = (
     ("Distance to the Bayes optimum", tables.bayes),
     ("Curves", figures.curves),
     ("Calibration", figures.calibration),
+    ("Calibration of what is ranked first", figures.selection),
     ("Slices", tables.slices),
     ("Speed", figures.throughput),
     ("Embeddings", lambda record: _together(tables.health(record), figures.norms(record))),

@@ -93,13 +93,18 @@ def line_chart(
     y_from: float | None = None,
     level: float | None = None,
     marks: list[tuple[float, str]] | None = None,
+    categories: list[str] | None = None,
 ) -> Markup:
-    """Curves over steps. `level` is a dashed horizontal line, `marks` are labelled vertical ones (x, label)."""
+    """Curves over steps. `level` is a dashed horizontal line, `marks` are labelled vertical ones (x, label).
+
+    categories: names for x = 0, 1, … in place of numbers.
+    """
     series = [thin(one) for one in series]
     xs = [x for one in series for x in one.x]
     first = 0.0 if 0 < min(xs) < 0.25 * max(xs) else min(xs)
-    frame = Frame(_widened(first, max(xs), 0.0), _y_range(series, y_from, level))
-    shapes = [_axes(frame, x_label, y_label)]
+    x_range = _widened(first, max(xs), 0.0) if categories is None else (-0.3, len(categories) - 0.7)
+    frame = Frame(x_range, _y_range(series, y_from, level))
+    shapes = [_axes(frame, x_label, y_label, categories)]
     shapes += [_mark(frame, x, label) for x, label in marks or []]
     if level is not None:
         y = frame.py(level)
@@ -178,7 +183,7 @@ def _clipped(frame: Frame, shapes: list[Markup]) -> Markup:
     return tag("svg", *shapes, x=x, y=y, width=width, height=height, viewBox=f"{x} {y} {width} {height}")
 
 
-def _axes(frame: Frame, x_label: str, y_label: str) -> Markup:
+def _axes(frame: Frame, x_label: str, y_label: str, categories: list[str] | None = None) -> Markup:
     left, right, base = frame.left, frame.width - frame.right, frame.height - frame.bottom
     y_ticks = ticks(*frame.y_range)
     text = _tick_text(y_ticks)
@@ -189,7 +194,8 @@ def _axes(frame: Frame, x_label: str, y_label: str) -> Markup:
         shapes.append(tag("text", text(value), x=left - 7, y=y + 3.5, class_="end"))
     x_ticks = ticks(*frame.x_range, about=6)
     text = _tick_text(x_ticks)
-    shapes += [tag("text", text(value), x=frame.px(value), y=base + 16, class_="mid") for value in x_ticks]
+    x_texts = dict(enumerate(categories)) if categories else {x: text(x) for x in x_ticks}
+    shapes += [tag("text", name, x=frame.px(x), y=base + 16, class_="mid") for x, name in x_texts.items()]
     shapes.append(tag("path", class_="axis", d=f"M{left},{base}H{right}"))
     shapes.append(tag("text", x_label, x=(left + right) / 2, y=frame.height - 5, class_="mid label"))
     middle = round((frame.top + base) / 2, 1)

@@ -29,6 +29,8 @@ class Evaluation:
     tasks: dict[str, dict[str, float]]
     slices: dict[str, Any]
     calibration_curve: dict[str, list[dict[str, float]]]
+    selection: dict[str, dict[str, list[dict[str, Any]]]]
+    """Calibration by depth of selection, of tasks with a teacher."""
     calibrators: dict[str, Calibrator]
     """Fitted on this split where that was asked for."""
 
@@ -46,15 +48,17 @@ def evaluate(
     calibrators: Mapping[str, Calibrator] | None = None,
     fit_calibration: bool = False,
     predictions: Path | None = None,
+    teachers: Mapping[str, str] | None = None,
 ) -> Evaluation:
     """Score a split with a model in evaluation mode (collective).
 
     calibrators: fitted maps by task, applied to the probabilities. fit_calibration: fit maps on this split as the settings
-    say. predictions: a folder that gets one Parquet file a rank with example id, label, probability and weight.
+    say. predictions: a folder that gets one Parquet file a rank with example id, label, probability and weight. teachers:
+    the columns of their probabilities by task.
     """
     started = time.monotonic()
     settings = job.train
-    evaluator = Evaluator(job.schema, settings.slices, calibration=calibrators)
+    evaluator = Evaluator(job.schema, settings.slices, calibration=calibrators, teachers=teachers)
     reader = job.reader(job.log(split), training=False, rank=rank(), world_size=world_size())
     for batch, _ in reader.epoch():
         evaluator.update(model(batch.to(device, non_blocking=True)).logits, batch)
@@ -70,6 +74,7 @@ def evaluate(
         tasks=report["tasks"],
         slices=named_slices(report["slices"], job.schema, job.transforms.vocabulary),
         calibration_curve=report["calibration_curve"],
+        selection=report["selection"],
         calibrators=fitted,
     )
 

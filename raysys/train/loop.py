@@ -138,7 +138,9 @@ class TrainLoop:
         if ahead is not None:
             ahead.detach()  # it has replaced the forward of the sharded tables
         self.model.eval()
-        evaluation = evaluate(unwrap(self.model).model, self.job, split, self.device, **options)
+        step = unwrap(self.model)
+        teachers = getattr(step.objective, "teachers", None)
+        evaluation = evaluate(step.model, self.job, split, self.device, teachers=teachers, **options)
         self.model.train()
         if ahead is not None:
             ahead.attach()

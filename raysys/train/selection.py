@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 DEPTHS = (1, 5, 20, 100)
-"""Candidates that are chosen of each request; at last all of them."""
+"""Candidates that are chosen of each request, as far as there are more of them; at last all."""
 
 
 def calibration_by_depth(
@@ -23,8 +23,8 @@ def calibration_by_depth(
     """
     p, r, w = (np.asarray(values, np.float64) for values in (prediction, reference, weight))
     above, tied = _places(p, np.asarray(request))
-    found = []
-    for depth in (*DEPTHS, None):
+    largest, found = (above + tied).max(initial=0), []
+    for depth in (*(depth for depth in DEPTHS if depth < largest), None):
         share = np.ones(len(p)) if depth is None else np.clip((depth - above) / tied, 0, 1)
         counted = w > 0
         share, mass = share[counted], (share * w)[counted]

@@ -224,3 +224,26 @@ def test_writing_again_replaces_the_report_and_leaves_nothing_else(run):
     first = write_report(run).read_bytes()
     assert write_report(run).read_bytes() == first
     assert {path.name for path in run.iterdir()} - before == {"report.html"}
+
+
+def test_calibration_of_what_is_ranked_first_is_drawn_for_tasks_with_a_teacher(make_run, events, record):
+    def depths(*ratios):
+        rows = zip((1, 5, None), (50.0, 200.0, 900.0), ratios, strict=True)
+        return [{"depth": k, "rows": n, "predicted": n * ratio / 10, "reference": n / 10} for k, n, ratio in rows]
+
+    none = [one | {"predicted": 0.0, "reference": 0.0, "rows": 0.0} for one in depths(1, 1, 1)]
+    events[-2]["selection"] = {"like": {"labels": depths(0.97, 0.98, 0.99), "teacher": depths(1.8125, 1.25, 1.0)}}
+    assert events[-2]["split"] == "test"
+    page = report(make_run("a", events, record))[0]
+    section = page[page.index('id="calibration-of-what-is-ranked-first"') :].split("</section>")[0]
+    assert section.count("<figure>") == 1
+    for text in ("Predicted over true · like · test", "1.812", "1.250", ">200<", ">90<", ">all<"):
+        assert text in section, text
+    assert section.count("<circle") == 6
+    events[-2]["selection"]["like"]["teacher"] = none
+    section = report(make_run("a", events, record))[0]
+    assert "other rows, to the teacher" not in section
+    events[-2]["selection"]["like"]["labels"] = none
+    assert "no positive label, and no teacher" in report(make_run("a", events, record))[0]
+    del events[-2]["selection"]
+    assert "ranked first" not in report(make_run("a", events, record))[0]
