@@ -241,9 +241,8 @@ def test_calibration_of_what_is_ranked_first_is_drawn_for_tasks_with_a_teacher(m
         assert text in section, text
     assert section.count("<circle") == 6
     events[-2]["selection"]["like"]["teacher"] = none
-    section = report(make_run("a", events, record))[0]
-    assert "other rows, to the teacher" not in section
+    assert "other rows, to the teacher" not in report(make_run("b", events, record))[0]
     events[-2]["selection"]["like"]["labels"] = none
-    assert "no positive label, and no teacher" in report(make_run("a", events, record))[0]
+    assert "no positive label, and no teacher" in report(make_run("c", events, record))[0]
     del events[-2]["selection"]
-    assert "ranked first" not in report(make_run("a", events, record))[0]
+    assert "ranked first" not in report(make_run("d", events, record))[0]
