@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -73,7 +75,10 @@ def contests(config: Config) -> Iterator[Contest]:
                 title,
                 data["task"],
                 [*config["all_runs"], *data["overrides"], *given],
-                {model: _chosen(comparison["models"], model, "models")[model] for model in models},
+                {
+                    model: _chosen(comparison["models"], model, "models")[model] + data.get("models", {}).get(model, [])
+                    for model in models
+                },
                 config["trials"],
                 data.get("seeds", config["seeds"]),
                 Path(config["records"]),
@@ -97,7 +102,7 @@ def train_model(contest: Contest, model: str, baseline: str) -> None:
     first, *others = contest.seeds
     for trial in range(len(contest.trials)):
         train_once(contest, model, baseline, trial, first)
-    best = chosen_trial([run for run in read_runs(contest.file) if run.model == model and run.seed == first])
+    best = chosen_trial(read_runs(contest.file), model)
     for seed in others:
         train_once(contest, model, baseline, best, seed)
 
@@ -112,9 +117,12 @@ def train_once(contest: Contest, model: str, baseline: str, trial: int, seed: in
     name = f"{contest.name}-{contest.set}-{model}-{trial}-{seed}"
     stopping = f"train.early_stopping={{metric: ne, task: {contest.task}, patience: 2}}"
     overrides = [*contest.overrides, stopping, *contest.models[model], *contest.trials[trial], f"seed={seed}"]
-    config = compose([*overrides, f"run_id={name}", f"runs_folder={contest.runs_folder}", "resume=auto"])
+    config = compose([*overrides, f"run_id={name}", f"runs_folder={contest.runs_folder}"])
+    shutil.rmtree(contest.runs_folder / name, ignore_errors=True)  # of a run that ended before its record was written
     prepared = prepare(config)
+    started = time.process_time()
     fit(prepared, [])
+    cpu_seconds = time.process_time() - started
     record = read_record(prepared.job.folder)
     assert record is not None
     run = Run(
@@ -129,7 +137,7 @@ def train_once(contest: Contest, model: str, baseline: str, trial: int, seed: in
         commit=_commit(),
         steps=record["step"],
         seconds=record["finished"] - record["started"],
-        rows_per_second=record["rows_per_second"],
+        rows_per_second=record["step"] * config["train"]["batch_size"] / cpu_seconds,
         parameters=record["parameters"],
         flops_per_row=record["flops_per_row"],
         metrics={
@@ -148,9 +156,7 @@ def _versus(contest: Contest, folder: Path, baseline: str, seed: int) -> dict[st
     """By task and metric: difference to the baseline's chosen run of this seed on the test split, and its 95% interval."""
     from raysys.train.intervals import paired_interval
 
-    best = chosen_trial(
-        [run for run in read_runs(contest.file) if run.model == baseline and run.seed == contest.seeds[0]]
-    )
+    best = chosen_trial(read_runs(contest.file), baseline)
     other = contest.runs_folder / f"{contest.name}-{contest.set}-{baseline}-{best}-{seed}"
     if not (other / "predictions" / "test.parquet").exists():
         raise UserError(

@@ -22,7 +22,10 @@ METRICS = ("auc", "ne", "gauc")
 
 @dataclass(frozen=True)
 class Run:
-    """One recorded run; versus: by task and metric its difference to the baseline's run of that seed, low and high end."""
+    """One recorded run; versus: by task and metric its difference to the baseline's run of that seed, low and high end.
+
+    seconds: by the wall clock. rows_per_second: rows of training per second of CPU time, evaluation included.
+    """
 
     comparison: str
     set: str
@@ -67,11 +70,12 @@ def read_runs(file: Path) -> list[Run]:
     return [Run(**json.loads(line)) for line in file.read_text().splitlines()]
 
 
-def chosen_trial(runs: Sequence[Run]) -> int:
-    """The trial of a model whose validation NE is best; `runs`: one for each trial, all with one seed."""
-    if not runs:
+def chosen_trial(runs: Sequence[Run], model: str) -> int:
+    """The trial of a model whose validation NE is best with the seed that has all trials: the first one."""
+    own = [run for run in runs if run.model == model]
+    if not own:
         raise UserError("a comparison without trials", "give at least one in `trials`")
-    return min(runs, key=lambda run: run.score).trial
+    return min((run for run in own if run.seed == own[0].seed), key=lambda run: run.score).trial
 
 
 def write_page(page: Path, records: Path) -> None:
@@ -87,19 +91,17 @@ Written by `make results` from the records in [records/compare](records/compare)
 regularisation; the one with the best validation NE with the first seed was trained with the other seeds, with early stopping on
 the validation split. Figures: mean ± standard deviation over the seeds, test split. Difference: to the baseline's run of the same seed on
 the same rows, mean over the seeds, with the mean ends of the 95% intervals of the rows (`raysys compare`); **bold** where all of
-the interval is on one side of 0. Rows/s: of training, with another run on the second core."""
+the interval is on one side of 0. Rows/s: rows of training over the CPU time of the whole run with one thread, reading and evaluation
+included, so that what else the machine does counts little."""
 
 
 def selected(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """By model the runs of its chosen trial, one a seed; the baseline first."""
-    models = dict.fromkeys([runs[0].baseline, *(run.model for run in runs)])
-    found = {}
-    for model in models:
-        own = [run for run in runs if run.model == model]
-        first = own[0].seed if own else None
-        best = chosen_trial([run for run in own if run.seed == first]) if own else None
-        found[model] = [run for run in own if run.trial == best]
-    return {model: own for model, own in found.items() if own}
+    found: dict[str, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: run.model != run.baseline):  # stable: otherwise in the order of the records
+        if run.trial == chosen_trial(runs, run.model):
+            found.setdefault(run.model, []).append(run)
+    return found
 
 
 def _contest(runs: Sequence[Run], plot: Path, page: Path) -> str:
