@@ -24,6 +24,7 @@ from torchrec.distributed.model_parallel import (
 from torchrec.distributed.types import ShardedModule, ShardingEnv
 
 from raysys.errors import UserError
+from raysys.nn.collectives import world_size
 
 DenseParallel = Literal["ddp", "fsdp", "hsdp"]
 
@@ -32,9 +33,19 @@ def dense_wrapper(kind: DenseParallel) -> DataParallelWrapper:
     """What DistributedModelParallel calls after the tables are sharded.
 
     DDP takes its buckets as gradients (no copy) and the graph as static: every step uses the same parameters, and those
-    that no step uses are found in the first one.
+    that no step uses are found in the first one. A single worker has nobody to average with, and no DDP.
     """
-    return DefaultDataParallelWrapper(static_graph=True) if kind == "ddp" else FullyShardedWrapper(kind == "hsdp")
+    if kind != "ddp":
+        return FullyShardedWrapper(kind == "hsdp")
+    return DefaultDataParallelWrapper(static_graph=True) if world_size() > 1 else Unwrapped()
+
+
+class Unwrapped(DataParallelWrapper):
+    """Leaves the dense part as it is."""
+
+    def wrap(self, dmp: DistributedModelParallel, env: ShardingEnv, device: torch.device) -> None:
+        """Move it to its device."""
+        dmp.module.to(device)
 
 
 class FullyShardedWrapper(DefaultDataParallelWrapper):

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from raysys.data.batch import Batch
-from raysys.nn.collectives import is_distributed
+from raysys.nn.collectives import world_size
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,10 @@ class StepGuard:
         """Start the agreement on `step` and return the verdict on the step before, if one is pending."""
         verdict = self.settle()
         device = next(iter(losses.values())).device
-        stop_flag = torch.tensor(float(stop), device=device)
-        flags = torch.stack([*((~torch.isfinite(loss)).float() for loss in losses.values()), stop_flag])
-        work = dist.all_reduce(flags, async_op=True) if is_distributed() else None
+        stop_flag = torch.tensor([float(stop)], device=device)
+        not_finite = ~torch.isfinite(torch.stack(list(losses.values())))
+        flags = torch.cat([not_finite.float(), stop_flag])
+        work = dist.all_reduce(flags, async_op=True) if world_size() > 1 else None
         self._pending = (step, tuple(losses), flags, work)
         if verdict is None or not verdict.not_finite:
             self.batch = batch

@@ -85,7 +85,8 @@ def plan_tables(
 
     batch_size: rows of a step on one worker. local_world_size: the workers of one host (None: all of them).
     On a CPU, and with one worker, tables stay whole while they fit: with gloo, parts of tables cost more than TorchRec's
-    cost model expects (row-wise took 1.2 to 2 times as long as table-wise on two workers).
+    cost model expects (row-wise took 1.2 to 2 times as long as table-wise on two workers). With one worker all are
+    table-wise: data-parallel ones would save no exchange, and cost a second look-up and a dense update of the whole table.
     Raises UserError for impossible wishes and for tables that do not fit, naming the table and the key to change.
     """
     optimizers.sparse.check(device)
@@ -102,8 +103,8 @@ def plan_tables(
         check_sharding_type(kind, f"{KEY}.sharding_types")
     plan = None
     if "table_wise" in settings.sharding_types and (device == "cpu" or world_size == 1):
-        whole = tuple(kind for kind in settings.sharding_types if kind in ("table_wise", "data_parallel"))
-        plan = problem(whole).solve_if_possible(memory)
+        whole = ("table_wise", "data_parallel") if world_size > 1 else ("table_wise",)
+        plan = problem(tuple(kind for kind in settings.sharding_types if kind in whole)).solve_if_possible(memory)
     if plan is None:
         plan = problem(settings.sharding_types).solve(memory)
     planned = [_planned(table, plan, world_size, optimizers.sparse) for table in tables]

@@ -30,11 +30,13 @@ class Tables(nn.Module):
         self.dense = nn.Linear(99, 1)
 
 
-def make_plan(world_size: int = 2, device: str = "cpu", name: str = "adagrad", **settings) -> TablePlan:
+def make_plan(
+    world_size: int = 2, device: str = "cpu", name: str = "adagrad", batch_size: int = 64, **settings
+) -> TablePlan:
     tables = {table: TableSharding(**wish) for table, wish in settings.pop("tables", {}).items()}
     sharding = ShardingSettings(**{"ddr_bytes": 10**9, "hbm_bytes": 10**9} | settings, tables=tables)
     optimizers = OptimizerSettings(sparse=SparseOptimizer(name=name))
-    return plan_tables(Tables(), world_size, device, 64, sharding, optimizers)
+    return plan_tables(Tables(), world_size, device, batch_size, sharding, optimizers)
 
 
 def refused(**arguments) -> tuple[str, str]:
@@ -101,9 +103,15 @@ def test_defaults_leave_out_what_a_table_cannot_become():
 
 def test_on_a_cpu_tables_stay_whole_while_they_fit():
     assert {table.sharding for table in make_plan(3).tables} <= {"table_wise", "data_parallel"}
-    assert {table.sharding for table in make_plan(1, device="cuda").tables} <= {"table_wise", "data_parallel"}
     tight = {table.table: table.sharding for table in make_plan(3, ddr_bytes=120_000).tables}
     assert tight["user"] in ("row_wise", "column_wise")  # 137,216 bytes as a whole
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_one_worker_has_no_exchange_that_replicas_would_save(device):
+    several, one = (make_plan(workers, device=device, batch_size=4096) for workers in (2, 1))
+    assert "data_parallel" in {table.sharding for table in several.tables}
+    assert {table.sharding for table in one.tables} == {"table_wise"}
 
 
 def test_a_model_without_tables_has_an_empty_plan():

@@ -226,6 +226,16 @@ def test_a_model_without_tables_trains(gloo):
         assert after < before
 
 
+def averages_gradients() -> bool:
+    model = sharded("table_wise", "adagrad")[0]
+    return any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules())
+
+
+def test_one_worker_has_nobody_to_average_gradients_with(gloo):
+    assert gloo.run(1, averages_gradients) == [False]
+    assert gloo.run(2, averages_gradients) == [True, True]
+
+
 def test_tables_of_a_plain_model():
     assert [(table.key, table.path, table.parameter_name) for table in find_tables(train_step())] == [
         ("user", "model.embeddings.bags", "embedding_bags.user.weight"),
