@@ -57,8 +57,6 @@ class Collaborative(Supervised):
             raise UserError(f"unknown objective.kl_mode {kl_mode!r}", nearest(kl_mode, KL_MODES))
         self.fused_share, self.peer_weight, self.ramp, self.kl_mode = fused_share, peer_weight, ramp, kl_mode
         self.ramped = 0.0 if ramp > 0 else 1.0  # the share of peer_weight that is in force
-        self.binary: Tensor
-        self.register_buffer("binary", torch.tensor([label.kind == "binary" for label in schema.labels]), False)
 
     def after_step(self, step: int, total: int) -> None:
         """Where the run stands: `step` of `total` steps are done. Called before the first step, too."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -60,6 +60,11 @@ class Supervised(nn.Module):
             raise UserError(f"objective.embedding_l2 is {embedding_l2}", "a number of at least 0 is expected")
         self.labels, self.embedding_l2 = schema.labels, embedding_l2
         self.task_weights = _check_weights(schema, task_weights or {})
+        self.factors: Tensor
+        self.binary: Tensor
+        self.register_buffer("factors", torch.tensor(self.task_weights), persistent=False)
+        self.register_buffer("binary", torch.tensor([label.kind == "binary" for label in schema.labels]), False)
+        self._has_regression = any(label.kind != "binary" for label in schema.labels)
 
     def forward(self, model: Ranker, batch: Batch, embedded: Embedded) -> tuple[Tensor, Output, dict[str, Tensor]]:
         """Loss (scalar), the model's output, and each task's loss before its task weight (detached).
@@ -82,7 +87,7 @@ class Supervised(nn.Module):
 
     def weighted(self, losses: TaskLosses) -> Tensor:
         """The sum over tasks of task weight times loss."""
-        return torch.stack([self.task_weights[i] * part for i, part in enumerate(losses.per_task.unbind())]).sum()
+        return (self.factors * losses.per_task).sum()
 
     def add_up(self, loss: Tensor, losses: TaskLosses, embedded: Embedded) -> tuple[Tensor, dict[str, Tensor]]:
         """The tasks' `loss` with the regulariser, and the parts."""
@@ -97,19 +102,8 @@ class Supervised(nn.Module):
 
     def _row_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss of each row and task [B, T]: cross-entropy in nats or squared error."""
-        columns = zip(self.labels, logits.unbind(1), labels.unbind(1), strict=True)
-        return torch.stack([_LOSSES[label.kind](logit, target) for label, logit, target in columns], 1)
-
-
-def _cross_entropy(logit: Tensor, target: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(logit, target, reduction="none")
-
-
-def _squared_error(prediction: Tensor, target: Tensor) -> Tensor:
-    return (prediction - target).square()
-
-
-_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"binary": _cross_entropy, "regression": _squared_error}
+        rows = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        return torch.where(self.binary, rows, (logits - labels).square()) if self._has_regression else rows
 
 
 def squared_norms(embedded: Embedded) -> Tensor:
