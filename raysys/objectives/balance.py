@@ -34,7 +34,7 @@ class Balanced(Supervised, ABC):
     Of any other head (shared experts) the g_i are taken one after the other, through the head only: T passes more there.
 
     The g_i are of the joint batch: their inner products are summed over ranks, in one all-reduce a step of T² + T numbers.
-    A step whose gradients are not finite changes nothing that a rule remembers; `direction_norm` is not finite either then,
+    A step whose gradients are not finite changes no average that a rule keeps; `direction_norm` is not finite either then,
     and the run stops there. What a rule remembers is in buffers: checkpointed, and the same on every rank.
 
     After a backward pass `weights` [T] and `direction_norm` (| Σ w_i g_i |) tell of that step; they are among the parts.
@@ -94,15 +94,18 @@ class Balanced(Supervised, ABC):
         """Σ w_i g_i of this rank's rows, [B, H], from its g_i [T, B, H] and shares of the losses [T] (collective)."""
         num_tasks, ranks = len(losses), world_size()
         with torch.autocast(gradients.device.type, enabled=False):
-            own = gradients.flatten(1).float()  # [T, B H]
-            sums = global_sum(torch.cat([(own @ own.t()).flatten(), losses.float()])).double()
+            rows = gradients.transpose(0, 1).float()  # [B, T, H]
+            # Row by row, then over the rows: one product over all B H columns rounds as one sum does, 1e-4 for some million.
+            own = torch.bmm(rows, rows.transpose(1, 2)).sum(0, dtype=torch.float64)  # [T, T]
+            sums = global_sum(torch.cat([own.flatten(), losses.double()]))
             # Each rank's loss counts `ranks` times, because gradients of parameters are averaged over ranks.
             gram, losses = sums[:-num_tasks].view(num_tasks, num_tasks) / ranks**2, sums[-num_tasks:] / ranks
             finite = gram.isfinite().all()
             weights = self.weigh(torch.where(finite, gram, 0.0), losses)
             self.weights.copy_(torch.where(finite, weights, 1.0))
             self.direction_norm.copy_((self.weights @ gram @ self.weights).clamp(min=0).sqrt())
-            return (self.weights.float() @ own).view_as(gradients[0]).to(gradients.dtype)
+            combined = self.weights.float() @ gradients.float().flatten(1)  # [B H]
+            return combined.view_as(gradients[0]).to(gradients.dtype)
 
 
 class _Join:

@@ -38,7 +38,7 @@ class MultiBalance(Balanced):
     gamma, rho, gram_beta: of moco; step gamma/√t, ridge, and the moving average of the Gram matrix. target, relax: of
     metabalance; the first task by default.
 
-    A task without labels in a batch is left out: its m and λ stay. `magnitudes()` tells m, `shares` λ before floor and
+    A task without labels in a batch is left out: its m stays, and its λ of `moco`. `magnitudes()` tells m, `shares` λ before floor and
     priorities.
     """
 

@@ -225,6 +225,14 @@ def test_magnitudes_are_bias_corrected_moving_averages():
     torch.testing.assert_close(objective.magnitudes(), expected, rtol=1e-5, atol=0)
 
 
+def test_norms_of_large_batches_are_exact():
+    """To rounding in float32 (6e-8): as one sum over a million numbers they would be off by some 1e-5."""
+    objective, found = MultiBalance(THREE), torch.randn(3, 4096, 256, generator=torch.Generator().manual_seed(0))
+    objective.direction(found, torch.ones(3))
+    expected = found.double().flatten(1).norm(dim=1)
+    torch.testing.assert_close(objective.magnitudes(), expected, rtol=1e-7, atol=0)
+
+
 def test_normeq_and_metabalance_are_their_formulas():
     batch, model = batch_of(THREE), model_of(THREE)
     normeq = MultiBalance(THREE, rule="normeq", warmup_steps=0)
