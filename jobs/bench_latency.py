@@ -13,7 +13,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -72,7 +72,9 @@ def schema_of(features: int, dense: int, width: int) -> FeatureSchema:
     )
 
 
-def take_turns(models: Mapping[str, nn.Module], batch: Batch, rounds: int) -> dict[str, list[tuple[float, float]]]:
+def take_turns(
+    models: Mapping[str, Callable[[Batch], object]], batch: Batch, rounds: int
+) -> dict[str, list[tuple[float, float]]]:
     """Milliseconds of each model's answers by the wall clock and of CPU time, after two rounds that warm up."""
     turns: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     with torch.inference_mode():
