@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from raysys.errors import UserError, nearest
 from raysys.models.outputs import Embedded, Output
 from raysys.nn.collectives import global_sum, world_size
-from raysys.objectives.perturbed_rows import Perturbation, check_number, first_rows, joined
-from raysys.objectives.supervised import Ranker, Supervised, TaskLosses
+from raysys.objectives.id_drop import COPIED
+from raysys.objectives.perturbed_rows import Perturbation, check_number, first_rows, joined, map_rows
+from raysys.objectives.supervised import Ranker, Supervised, TaskLosses, or_one
 from raysys.schema import FeatureSchema
 
 if TYPE_CHECKING:
@@ -51,14 +52,30 @@ class PerturbedSupervised(Supervised):
         """As `Supervised.forward`; the part of the copies is beside those of the tasks, before its strength."""
         if not self.training or self.strength == 0:
             return super().forward(model, batch, embedded)
-        real = batch.example_id >= 0
-        rows, copies = self.perturbation(embedded, real.float())
-        output = model.predict(model.interact(joined(embedded, copies)))
-        clean = first_rows(output, len(real), len(output.logits))
-        losses = self.task_losses(clean.logits, batch)
-        per_task, name, value = self.with_copies(losses, clean.logits.float(), output.logits[len(real) :], batch, rows)
+        counted = (batch.example_id >= 0).float()
+        if self.perturbation.id_drop > 0:
+            rows = batch.extra.get(COPIED)
+            assert isinstance(rows, Tensor), "id_drop: batches must go through augment before the lookup"
+            count = len(counted) - len(rows)
+            own, looked_up = (
+                map_rows(embedded, lambda value: value[:count]),
+                map_rows(embedded, lambda value: value[count:]),
+            )
+            copies = self.perturbation.perturb(looked_up, counted[rows])
+        else:
+            own, count = embedded, len(counted)
+            rows, copies = self.perturbation(embedded, counted)
+        whole = model.predict(model.interact(joined(own, copies)))
+        output = first_rows(whole, len(counted), len(whole.logits))  # a row for each row of the batch
+        losses = self.task_losses(output.logits, batch)
+        clean, perturbed = whole.logits[:count].float(), whole.logits[count:]
+        per_task, name, value = self.with_copies(losses, clean, perturbed, batch, rows)
         loss, parts = self.add_up(self.weighted(losses._replace(per_task=per_task)), losses, embedded)
-        return loss, clean, parts | {name: self.weighted(losses._replace(per_task=value.detach()))}
+        return loss, output, parts | {name: self.weighted(losses._replace(per_task=value.detach()))}
+
+    def augment(self, batch: Batch, seed: int) -> Batch:
+        """Called by the train loop before the lookup: the copies that `id_drop` needs; seed: of this rank and step."""
+        return batch if self.strength == 0 else self.perturbation.augment(batch, seed)
 
     @abstractmethod
     def with_copies(
@@ -129,10 +146,12 @@ class LSPR(PerturbedSupervised):
 
     balance: convex, (1 - alpha) · l(f(x), y) + alpha · l(f(x'), y), keeps the scale of the loss; ratio, l + alpha · sg(l / l')
     · l', lets both terms weigh 1 : alpha whatever their sizes (the ratio within 0.1 … 10, of the joint batch, for each task).
-    A copy has its row's label and weight, rows without a label have no part. The other arguments: see `Supervised`.
+    balance_groups: of balance=ratio, a sparse feature with `max_length` 1 (surface, region, whether a signal is there): each
+    of its values has a ratio of its own, and so have rows without one. A copy has its row's label and weight, rows
+    without a label have no part. The other arguments: see `Supervised`.
 
     Ramazanli et al., arXiv 2502.18478. **Its formula was not seen**: this is our reading of its name, of the contrast to
-    self-consistency and of our analysis. A balance over groups of the data, another reading, is not offered.
+    self-consistency and of our analysis. Balance over groups of the data is another reading of "loss-balanced".
     """
 
     def __init__(
@@ -141,6 +160,7 @@ class LSPR(PerturbedSupervised):
         *,
         alpha: float = 0.1,
         balance: Balance = "convex",
+        balance_groups: str | None = None,
         perturbation: MakePerturbation = Perturbation,
         task_weights: Mapping[str, float] | None = None,
         embedding_l2: float = 0.0,
@@ -152,22 +172,56 @@ class LSPR(PerturbedSupervised):
             "alpha", alpha, 0 <= alpha <= (1 if convex else math.inf), "of 0 to 1" if convex else "of at least 0"
         )
         super().__init__(schema, alpha, perturbation, task_weights, embedding_l2)
-        self.balance = balance
+        self.balance, self.balance_groups = balance, balance_groups
+        self.num_groups = _count_groups(schema, balance_groups, balance)
 
     def with_copies(
         self, losses: TaskLosses, clean: Tensor, copies: Tensor, batch: Batch, rows: Tensor
     ) -> tuple[Tensor, str, Tensor]:
         """The loss of the copies against their rows' labels."""
-        values = self._row_losses(copies.float(), batch.labels[rows])  # [k, T]
-        value = _mean(values, (batch.weight * batch.label_mask)[rows])
+        weight = batch.weight * batch.label_mask
+        values, counted = self._row_losses(copies.float(), batch.labels[rows]), weight[rows]  # [k, T]
         if self.balance == "convex":
+            value = _mean(values, counted)
             return torch.lerp(losses.per_task, value, self.strength), "perturbed", value
-        plain, other = global_sum(torch.stack([losses.per_task, value]))
-        ratio = torch.where(other > 0, plain / other, 1.0).clamp(1 / _LARGEST_RATIO, _LARGEST_RATIO)  # [T]
-        return losses.per_task + self.strength * ratio * value, "perturbed", value
+        own = slice(len(clean))
+        group = self._groups(batch)
+        plain = self._group_means(self._row_losses(clean, batch.labels[own]), weight[own], group[own])
+        other = self._group_means(values, counted, group[rows])
+        ratio = torch.where(other > 0, plain / other, 1.0).clamp(1 / _LARGEST_RATIO, _LARGEST_RATIO)  # [G, T]
+        value, balanced = _mean(torch.cat([values, ratio[group[rows]] * values], 1), counted.repeat(1, 2)).chunk(2)
+        return losses.per_task + self.strength * balanced, "perturbed", value
+
+    def _groups(self, batch: Batch) -> Tensor:
+        """The group of each row: [B]."""
+        if self.balance_groups is None:
+            return torch.zeros_like(batch.example_id)
+        bag = batch.sparse[self.balance_groups]
+        lengths = bag.lengths()
+        ids = F.pad(bag.values(), (0, 1))[lengths.cumsum(0) - lengths]  # padded: the last rows may have none
+        return torch.where(lengths > 0, ids, self.num_groups - 1)
+
+    def _group_means(self, values: Tensor, weight: Tensor, group: Tensor) -> Tensor:
+        """The weighted means over the rows of each group of the joint batch: [G, T], 0 for an empty group (collective)."""
+        rows = torch.stack([weight * values.detach(), weight], 1)  # [n, 2, T]
+        sums = global_sum(rows.new_zeros(self.num_groups, *rows.shape[1:]).index_add(0, group, rows))
+        return sums[:, 0] / or_one(sums[:, 1])
+
+
+def _count_groups(schema: FeatureSchema, name: str | None, balance: Balance) -> int:
+    """The values of a feature, and one more for rows without any."""
+    if name is None:
+        return 1
+    known = [feature.name for feature in schema.unweighted if feature.max_length == 1]
+    if name not in known or balance != "ratio":
+        raise UserError(
+            f"objective.balance_groups is {name!r}: balance=ratio and a sparse feature with max_length 1 are expected",
+            nearest(name, known),
+        )
+    table = next(feature.table for feature in schema.sparse if feature.name == name)
+    return schema.table(table).num_embeddings + 1
 
 
 def _mean(values: Tensor, weight: Tensor) -> Tensor:
     """The weighted mean of each column of [k, T] over the joint batch, this rank's share of it (collective)."""
-    total = global_sum(weight.sum(0))
-    return world_size() * (weight * values).sum(0) / torch.where(total > 0, total, 1.0)
+    return world_size() * (weight * values).sum(0) / or_one(global_sum(weight.sum(0)))

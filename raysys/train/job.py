@@ -103,6 +103,11 @@ class Job:
     def train_step(self, device: str) -> TrainStep:
         """Model and objective as the one module that is sharded and trained."""
         objective = instantiate(self.config["objective"], schema=self.schema)
+        if getattr(objective, "whole_groups", False) and not self.reading.keep_groups_whole:
+            raise UserError(
+                f"{type(objective).__name__} has a loss within a request, and batches may cut requests",
+                "data.keep_groups_whole=true",
+            )
         return TrainStep(self.model(device), objective, precision=self.train.precision)
 
 
@@ -111,12 +116,13 @@ def absolute(path: str) -> str:
     return path if "://" in path else str(Path(path).resolve())
 
 
-def step_seed(seed: int, rank: int, step: int) -> None:
-    """Seed dropout as a function of (seed, rank, step), so that a resumed run draws what an undisturbed one draws.
+def step_seed(seed: int, rank: int, step: int) -> int:
+    """The seed of what is drawn in a step, so that a resumed run draws what an undisturbed one draws."""
+    return (seed * 1_000_003 + rank) * 1_000_000_007 + step
 
-    It seeds this process's generators as `torch.manual_seed` does, which formats a stack trace at each call (0.3 ms).
-    """
-    value = (seed * 1_000_003 + rank) * 1_000_000_007 + step
+
+def seed_draws(value: int) -> None:
+    """Seed this process's generators as `torch.manual_seed` does, which formats a stack trace at each call (0.3 ms)."""
     torch.default_generator.manual_seed(value)
     if torch.cuda.is_initialized():
         torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(value)

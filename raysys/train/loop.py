@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
 from torchrec.distributed.types import ShardingPlan
 
+from raysys.data.batch import Batch
 from raysys.data.reader import Position
 from raysys.errors import UserError
 from raysys.nn.collectives import rank, world_size
@@ -17,7 +19,7 @@ from raysys.train.best import BestSoFar
 from raysys.train.checkpoint import checkpoint_path, remove_old, take_latest, verify_checkpoint
 from raysys.train.evaluate import Evaluation, evaluate
 from raysys.train.guard import StepGuard, Verdict
-from raysys.train.job import step_seed
+from raysys.train.job import seed_draws, step_seed
 from raysys.train.launch import Worker
 from raysys.train.optimizers import build_optimizers
 from raysys.train.sharding import shard, unwrap
@@ -68,11 +70,11 @@ class TrainLoop:
     def _run_steps(self) -> str:
         if self.best.patience_is_over or (self._evaluation_due() and self._evaluate()):
             return "early_stopped"  # a run that was stopped between its last step and the evaluation after it
-        stream = BatchStream(self.reader, self.position, self.settings.epochs, self.timer)
+        stream = BatchStream(self.reader, self.position, self.settings.epochs, self.timer, self._augment())
         self._pipeline = self._make_pipeline()
         self.model.train()
         while self.step < self.total_steps:
-            step_seed(self.job.seed, rank(), self.step)
+            seed_draws(step_seed(self.job.seed, rank(), self.step))
             outputs = self._pipeline.progress(stream)
             batch, self.position = stream.trained()
             self.step += 1
@@ -147,6 +149,13 @@ class TrainLoop:
         self.emit({"event": "evaluation", "step": self.step, "epoch": self.position.epoch, **evaluation.event()})
         self.timer.skip()
         return evaluation
+
+    def _augment(self) -> Callable[[Batch, int], Batch] | None:
+        """What the objective does to the n-th batch from here on before it is looked up; pipelines ask for batches ahead."""
+        augment, first = getattr(unwrap(self.model).objective, "augment", None), self.step
+        if augment is None:
+            return None
+        return lambda batch, n: augment(batch, step_seed(self.job.seed, rank(), first + n))
 
     def _tell_objective(self) -> None:
         """Schedules of an objective follow from the step: it hears of each one, and of that which a resumed run begins with."""

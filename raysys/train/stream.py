@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from raysys.data.batch import Batch
 from raysys.data.reader import Position, Reader
@@ -11,16 +11,29 @@ from raysys.train.timing import StepTimer
 
 
 class BatchStream(Iterator[Batch]):
-    """Batches from a position on. Pipelines take batches ahead; `trained` says where the finished ones ended."""
+    """Batches from a position on. Pipelines take batches ahead; `trained` says where the finished ones ended.
 
-    def __init__(self, reader: Reader, start: Position, epochs: int, timer: StepTimer) -> None:
-        self._source = _read(reader, start, epochs)
+    augment: what becomes of the n-th batch, n from 0, before anything is looked up; None leaves batches as they are.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        start: Position,
+        epochs: int,
+        timer: StepTimer,
+        augment: Callable[[Batch, int], Batch] | None = None,
+    ) -> None:
+        self._source = enumerate(_read(reader, start, epochs))
+        self._augment = augment
         self._taken: deque[tuple[Batch, Position]] = deque()
         self._timer = timer
 
     def __next__(self) -> Batch:
         self._timer.mark("other")
-        batch, position = next(self._source)
+        n, (batch, position) = next(self._source)
+        if self._augment is not None:
+            batch = self._augment(batch, n)
         self._taken.append((batch, position))
         self._timer.mark("read")
         return batch

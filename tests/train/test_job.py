@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from raysys.errors import UserError
-from raysys.train.job import absolute, choose_device, device_type, machine, step_seed, versions
+from raysys.train.job import absolute, choose_device, device_type, machine, seed_draws, step_seed, versions
 from raysys.train.settings import TrainerSettings
 from raysys.train.size import estimate_seconds
 from raysys.train.trainer import prepare
@@ -38,14 +38,14 @@ def test_models_are_built_anew_from_the_seed(tiny_config):
 def test_each_step_of_each_rank_draws_its_own_numbers():
     drawn = {}
     for key in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 0)]:
-        step_seed(*key)
+        seed_draws(step_seed(*key))
         value = float(torch.rand(()))
         assert drawn.setdefault(key, value) == value
     assert len(set(drawn.values())) == 4
 
 
 def test_a_step_draws_what_a_manual_seed_draws():
-    step_seed(3, 1, 20)
+    seed_draws(step_seed(3, 1, 20))
     found = torch.rand(5), torch.randperm(9), torch.nn.functional.dropout(torch.ones(50))
     torch.manual_seed((3 * 1_000_003 + 1) * 1_000_000_007 + 20)
     expected = torch.rand(5), torch.randperm(9), torch.nn.functional.dropout(torch.ones(50))
