@@ -24,7 +24,6 @@ import torch
 from bench_rival import THREADS
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from raysys.data.batch import Batch
 from raysys.models.flops import flops_per_row, full_batch
