@@ -76,7 +76,8 @@ def contests(config: Config) -> Iterator[Contest]:
                 data["task"],
                 [*config["all_runs"], *data["overrides"], *given],
                 {
-                    model: _chosen(comparison["models"], model, "models")[model] + data.get("models", {}).get(model, [])
+                    model: flat(_chosen(comparison["models"], model, "models")[model])
+                    + data.get("models", {}).get(model, [])
                     for model in models
                 },
                 config["trials"],
@@ -90,6 +91,11 @@ def _chosen(options: Config, name: str | None, key: str) -> Config:
     if name is not None and name not in options:
         raise UserError(f"{key} {name!r} is not in configs/compare.yaml", nearest(name, options))
     return options if name is None else {name: options[name]}
+
+
+def flat(overrides: list[str | list[str]]) -> list[str]:
+    """With the entries of a list in the list's place."""
+    return [one for entry in overrides for one in (entry if isinstance(entry, list) else [entry])]
 
 
 def prepare_data(contest: Contest) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import subprocess
@@ -83,11 +84,13 @@ COMPARISONS = compose(name="compare")["comparisons"]
 @pytest.mark.parametrize(
     ("comparison", "model"), [(name, model) for name, content in COMPARISONS.items() for model in content["models"]]
 )
-def test_every_model_of_the_comparisons_can_be_made(comparison, model):
+def test_every_model_of_the_comparisons_can_be_made(comparison, model, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "jobs")
+    flat = importlib.import_module("compare").flat
     content, config = COMPARISONS[comparison], compose(name="compare")
     assert content["baseline"] in content["models"]
     for data in content["sets"].values():
-        overrides = [*config["all_runs"], *data["overrides"], *content["models"][model], *config["trials"][-1]]
+        overrides = [*config["all_runs"], *data["overrides"], *flat(content["models"][model]), *config["trials"][-1]]
         found = compose(overrides)
         validate(TrainSettings, found["train"], "train")
     history = Sequence("history", (SequenceFeature("events", "c0", encoding="index"),), max_length=5)
