@@ -62,9 +62,10 @@ class CGC(nn.Module):
 class PLE(nn.Module):
     """Levels of `CGC`, in which each unit reads its own output of the level before, then a tower per task.
 
-    task_experts, shared_experts: of each task and of the shared unit at each level; either may be 0. widths: of an expert, a
-    list for each level; one level is CGC. The last level has no shared gate. tower, activation, dropout: as in `Head`;
-    activation and dropout act in the experts as well.
+    task_experts, shared_experts: of each task and of the shared unit at each level; either may be 0. All tasks have the same
+    number, so that their gates are one product; `AdaTT` takes one for each. widths: of an expert, a list for each level; one
+    level is CGC. The last level has no shared gate. tower, activation, dropout: as in `Head`; activation and dropout act in
+    the experts as well.
     """
 
     def __init__(
