@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from raysys.errors import check_count
 from raysys.models.outputs import Embedded
-from raysys.models.ranking.base import RankingModel, SharedArguments
+from raysys.models.ranking.base import PlainArguments, RankingModel
 from raysys.nn.mlp import MLP
 from raysys.nn.random import seeded
 from raysys.nn.token_attention import InteractingLayer
@@ -30,35 +30,23 @@ class AutoInt(RankingModel):
         self,
         schema: FeatureSchema,
         *,
-        embedding_dim: int = 16,
         layers: int = 3,
         heads: int = 2,
         head_dim: int = 32,
         scaled: bool = False,
         deep: Sequence[int] = (),
         tower: Sequence[int] = (),
-        activation: str = "relu",
-        dropout: float = 0.0,
-        seed: int = 0,
-        **shared: Unpack[SharedArguments],
+        **shared: Unpack[PlainArguments],
     ) -> None:
-        super().__init__(
-            schema,
-            embedding_dim=embedding_dim,
-            tower=tower,
-            activation=activation,
-            dropout=dropout,
-            seed=seed,
-            **shared,
-        )
+        super().__init__(schema, tower=tower, **shared)
         for key, value in {"layers": layers, "heads": heads, "head_dim": head_dim}.items():
             check_count(key, value)
-        num_tokens, widths = len(self.tokens.names), [embedding_dim] + [heads * head_dim] * (layers - 1)
-        with seeded(seed, "interactions"):
+        num_tokens, widths = len(self.tokens.names), [self.embedding_dim] + [heads * head_dim] * (layers - 1)
+        with seeded(self.seed, "interactions"):
             self.layers = nn.Sequential(
-                *(InteractingLayer(width, heads, head_dim, scaled, dropout) for width in widths)
+                *(InteractingLayer(width, heads, head_dim, scaled, self.dropout) for width in widths)
             )
-            self.deep = MLP(num_tokens * embedding_dim, deep, activation, dropout) if deep else None
+            self.deep = MLP(num_tokens * self.embedding_dim, deep, self.activation, self.dropout) if deep else None
         self.add_towers(num_tokens * heads * head_dim + (self.deep.out_features if self.deep is not None else 0))
 
     def interact(self, embedded: Embedded) -> Tensor:

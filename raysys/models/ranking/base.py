@@ -28,6 +28,7 @@ class SequenceModelArguments(TypedDict, total=False):
     embedding_dropout: float
     init_scale: float | None
     head: Head | None
+    seed: int
     device: str
 
 
@@ -35,6 +36,14 @@ class SharedArguments(SequenceModelArguments, total=False):
     """The arguments of `RankingModel` that mean the same to every model: a subclass passes them on as `**shared`."""
 
     sequence_pooling: str
+
+
+class PlainArguments(SharedArguments, total=False):
+    """`SharedArguments` of a model whose tokens and MLPs are by default those of `RankingModel`: it names `tower` only."""
+
+    embedding_dim: int
+    activation: str
+    dropout: float
 
 
 class RankingModel(nn.Module, ABC):
@@ -96,13 +105,13 @@ class RankingModel(nn.Module, ABC):
                 target_attention=target_attention,
                 dropout=embedding_dropout,
             )
-        self._seed = seed
+        self.embedding_dim, self.activation, self.dropout, self.seed = embedding_dim, activation, dropout, seed
         self._head = partial(head or TaskTowers, schema.labels, tower=tower, activation=activation, dropout=dropout)
 
     def add_towers(self, width: int) -> None:
         """Build what `predict` computes with, on a shared representation of H = width columns: the end of a constructor."""
         self.shared_width = width
-        with seeded(self._seed, "towers"):
+        with seeded(self.seed, "towers"):
             self.towers = self._head(inputs=width)
 
     def embed(self, batch: Batch) -> Embedded:

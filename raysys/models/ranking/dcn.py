@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from raysys.errors import UserError, check_count, nearest
 from raysys.models.outputs import Embedded
-from raysys.models.ranking.base import RankingModel, SharedArguments
+from raysys.models.ranking.base import PlainArguments, RankingModel
 from raysys.nn.mlp import MLP
 from raysys.nn.random import seeded
 from raysys.schema import FeatureSchema
@@ -31,36 +31,24 @@ class DCNv2(RankingModel):
         self,
         schema: FeatureSchema,
         *,
-        embedding_dim: int = 16,
         cross_layers: int = 3,
         rank: int | None = 64,
         structure: str = "stacked",
         deep: Sequence[int] = (256, 128, 64),
         tower: Sequence[int] = (),
-        activation: str = "relu",
-        dropout: float = 0.0,
-        seed: int = 0,
-        **shared: Unpack[SharedArguments],
+        **shared: Unpack[PlainArguments],
     ) -> None:
-        super().__init__(
-            schema,
-            embedding_dim=embedding_dim,
-            tower=tower,
-            activation=activation,
-            dropout=dropout,
-            seed=seed,
-            **shared,
-        )
+        super().__init__(schema, tower=tower, **shared)
         if structure not in STRUCTURES:
             raise UserError(f"unknown structure {structure!r}", nearest(structure, STRUCTURES))
         check_count("cross_layers", cross_layers, 0)
         if rank is not None and rank < 1:
             raise UserError(f"rank is {rank}", "a positive number is expected, or null for full matrices")
         self.parallel = structure == "parallel"
-        width = len(self.tokens.names) * embedding_dim
-        with seeded(seed, "interactions"):
+        width = len(self.tokens.names) * self.embedding_dim
+        with seeded(self.seed, "interactions"):
             self.cross = CrossNet(width, cross_layers) if rank is None else LowRankCrossNet(width, cross_layers, rank)
-            self.deep = MLP(width, deep, activation, dropout)
+            self.deep = MLP(width, deep, self.activation, self.dropout)
         self.add_towers(self.deep.out_features + (width if self.parallel else 0))
 
     def interact(self, embedded: Embedded) -> Tensor:

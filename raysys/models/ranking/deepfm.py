@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from raysys.models.outputs import Embedded
-from raysys.models.ranking.base import RankingModel, SharedArguments
+from raysys.models.ranking.base import PlainArguments, RankingModel
 from raysys.nn.factorization import TokenScores, pairwise_products
 from raysys.nn.mlp import MLP
 from raysys.nn.random import seeded
@@ -31,28 +31,16 @@ class DeepFM(RankingModel):
         self,
         schema: FeatureSchema,
         *,
-        embedding_dim: int = 16,
         deep: Sequence[int] = (256, 128, 64),
         tower: Sequence[int] = (),
-        activation: str = "relu",
-        dropout: float = 0.0,
-        seed: int = 0,
-        **shared: Unpack[SharedArguments],
+        **shared: Unpack[PlainArguments],
     ) -> None:
-        super().__init__(
-            schema,
-            embedding_dim=embedding_dim,
-            tower=tower,
-            activation=activation,
-            dropout=dropout,
-            seed=seed,
-            **shared,
-        )
+        super().__init__(schema, tower=tower, **shared)
         num_tokens = len(self.tokens.names)
-        with seeded(seed, "interactions"):
-            self.first_order = TokenScores(num_tokens, embedding_dim)
-            self.deep = MLP(num_tokens * embedding_dim, deep, activation, dropout)
-        self.add_towers(num_tokens + embedding_dim + self.deep.out_features)
+        with seeded(self.seed, "interactions"):
+            self.first_order = TokenScores(num_tokens, self.embedding_dim)
+            self.deep = MLP(num_tokens * self.embedding_dim, deep, self.activation, self.dropout)
+        self.add_towers(num_tokens + self.embedding_dim + self.deep.out_features)
 
     def interact(self, embedded: Embedded) -> Tensor:
         """[B, H]: first-order terms [m], pairwise terms by column [D], the MLP."""

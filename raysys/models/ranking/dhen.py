@@ -129,7 +129,6 @@ class DHEN(RankingModel):
         tower: Sequence[int] = (512, 256, 128),
         activation: str = "silu",
         dropout: float = 0.0,
-        seed: int = 0,
         **shared: Unpack[SharedArguments],
     ) -> None:
         super().__init__(
@@ -138,13 +137,12 @@ class DHEN(RankingModel):
             tower=tower,
             activation=activation,
             dropout=dropout,
-            seed=seed,
             **shared,
         )
         sizes = InteractionSizes(rank, heads, d_ff, conv_channels, conv_kernel, dot_compress, tuple(hidden), activation)
         num_tokens = len(self.tokens.names)
         self.layers = nn.Sequential()
-        with seeded(seed, "interactions"):
+        with seeded(self.seed, "interactions"):
             for names in _modules_per_layer(modules, layers):
                 lengths = [tokens_out] * len(names) if isinstance(tokens_out, int) else list(tokens_out)
                 layer = DHENLayer(

@@ -150,7 +150,6 @@ class DIN(RankingModel):
         activation: str = "relu",
         dropout: float = 0.0,
         sequence_pooling: str = "none",
-        seed: int = 0,
         **shared: Unpack[SequenceModelArguments],
     ) -> None:
         super().__init__(
@@ -160,10 +159,9 @@ class DIN(RankingModel):
             activation=activation,
             dropout=dropout,
             sequence_pooling=sequence_pooling,
-            seed=seed,
             **shared,
         )
-        with seeded(seed, "interactions"):
+        with seeded(self.seed, "interactions"):
             self.histories = nn.ModuleList(
                 TargetAttention(schema, sequence, embedding_dim, attention, activation, dice=dice, softmax=softmax)
                 for sequence in schema.sequences

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from raysys.models.outputs import Embedded
-from raysys.models.ranking.base import RankingModel, SharedArguments
+from raysys.models.ranking.base import PlainArguments, RankingModel
 from raysys.nn.interactions import PairwiseDots
 from raysys.schema import FeatureSchema
 
@@ -24,24 +24,12 @@ class DLRM(RankingModel):
         self,
         schema: FeatureSchema,
         *,
-        embedding_dim: int = 16,
         tower: Sequence[int] = (256, 128, 64),
-        activation: str = "relu",
-        dropout: float = 0.0,
-        seed: int = 0,
-        **shared: Unpack[SharedArguments],
+        **shared: Unpack[PlainArguments],
     ) -> None:
-        super().__init__(
-            schema,
-            embedding_dim=embedding_dim,
-            tower=tower,
-            activation=activation,
-            dropout=dropout,
-            seed=seed,
-            **shared,
-        )
+        super().__init__(schema, tower=tower, **shared)
         self.dots = PairwiseDots(len(self.tokens.names))
-        width = self.dots.out_features + (embedding_dim if self.tokens.dense is not None else 0)
+        width = self.dots.out_features + (self.embedding_dim if self.tokens.dense is not None else 0)
         self.add_towers(width)
 
     def interact(self, embedded: Embedded) -> Tensor:

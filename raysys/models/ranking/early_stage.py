@@ -112,7 +112,7 @@ class EarlyStage(RankingModel):
     def add_towers(self, width: int) -> None:
         """A block for each side, in the place of the one head of other models."""
         self.shared_width = width
-        with seeded(self._seed, "towers"):
+        with seeded(self.seed, "towers"):
             self.towers = nn.ModuleList(TaskVectors(self._head, inputs, self.width) for inputs in self.widths)
 
     def _blocks(self) -> tuple[nn.Module, nn.Module]:

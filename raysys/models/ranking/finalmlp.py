@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from raysys.errors import UserError, nearest
 from raysys.models.outputs import Embedded
-from raysys.models.ranking.base import RankingModel, SharedArguments
+from raysys.models.ranking.base import PlainArguments, RankingModel
 from raysys.nn.factorization import BilinearFusion
 from raysys.nn.mlp import MLP, linear
 from raysys.nn.random import seeded
@@ -56,35 +56,23 @@ class FinalMLP(RankingModel):
         self,
         schema: FeatureSchema,
         *,
-        embedding_dim: int = 16,
         first: Sequence[int] = (256, 128),
         second: Sequence[int] = (128, 64),
         heads: int = 4,
         contexts: Sequence[str] = ("learned", "learned"),
         gate: Sequence[int] = (64,),
         tower: Sequence[int] = (),
-        activation: str = "relu",
-        dropout: float = 0.0,
-        seed: int = 0,
-        **shared: Unpack[SharedArguments],
+        **shared: Unpack[PlainArguments],
     ) -> None:
-        super().__init__(
-            schema,
-            embedding_dim=embedding_dim,
-            tower=tower,
-            activation=activation,
-            dropout=dropout,
-            seed=seed,
-            **shared,
-        )
+        super().__init__(schema, tower=tower, **shared)
         if len(contexts) != 2:
             raise UserError(f"contexts is {list(contexts)}", "give two, one for each stream: [user, item]")
         num_tokens = len(self.tokens.names)
         places = [_places(schema, context, self.tokens.names) for context in contexts]
-        with seeded(seed, "interactions"):
-            self.gates = nn.ModuleList(FeatureGate(num_tokens, embedding_dim, place, gate) for place in places)
-            self.first = MLP(num_tokens * embedding_dim, first, activation, dropout)
-            self.second = MLP(num_tokens * embedding_dim, second, activation, dropout)
+        with seeded(self.seed, "interactions"):
+            self.gates = nn.ModuleList(FeatureGate(num_tokens, self.embedding_dim, place, gate) for place in places)
+            self.first = MLP(num_tokens * self.embedding_dim, first, self.activation, self.dropout)
+            self.second = MLP(num_tokens * self.embedding_dim, second, self.activation, self.dropout)
             widths = self.first.out_features, self.second.out_features
             _check_heads(heads, *widths)
             self.fusion = BilinearFusion(*widths, heads, len(schema.labels))

@@ -58,7 +58,6 @@ class Hiformer(RankingModel):
         tower: Sequence[int] = (64,),
         activation: str = "gelu",
         dropout: float = 0.1,
-        seed: int = 0,
         **shared: Unpack[SharedArguments],
     ) -> None:
         shared["head"] = shared.get("head") or partial(TaskTowers, split=True)
@@ -68,12 +67,11 @@ class Hiformer(RankingModel):
             tower=tower,
             activation=activation,
             dropout=dropout,
-            seed=seed,
             **shared,
         )
         _at_least_one(layers=layers, heads=heads, dense_per_token=dense_per_token)
         _at_least_one(key_dim=key_dim, value_dim=value_dim, d_ff=d_ff)
-        with seeded(seed, "dense tokens"):
+        with seeded(self.seed, "dense tokens"):
             self.tokens.split_dense(-(-schema.dense_width // dense_per_token))
         tasks = len(schema.labels)
         num_tokens = len(self.tokens.names) + tasks
@@ -87,7 +85,7 @@ class Hiformer(RankingModel):
             _rank("key_rank", key_rank, num_tokens * embedding_dim, num_tokens * heads * key_dim),
             _rank("value_rank", value_rank, num_tokens * embedding_dim, num_tokens * heads * value_dim),
         )
-        with seeded(seed, "interactions"):
+        with seeded(self.seed, "interactions"):
             # Small, as the embeddings of the features are: a large one would drown what the first layer adds to it.
             self.task_tokens = nn.Parameter(torch.randn(tasks, embedding_dim) * 0.02)
             self.layers = nn.Sequential(

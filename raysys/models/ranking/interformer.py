@@ -216,7 +216,6 @@ class InterFormer(RankingModel):
         activation: str = "silu",
         dropout: float = 0.1,
         sequence_pooling: str = "none",
-        seed: int = 0,
         **shared: Unpack[SequenceModelArguments],
     ) -> None:
         super().__init__(
@@ -226,7 +225,6 @@ class InterFormer(RankingModel):
             activation=activation,
             dropout=dropout,
             sequence_pooling=sequence_pooling,
-            seed=seed,
             **shared,
         )
         for key, number in {"layers": layers, "num_summary": num_summary}.items():
@@ -256,7 +254,7 @@ class InterFormer(RankingModel):
             return DHENLayer(inputs, dim, modules, [num_tokens] * len(modules), dropout=dropout, sizes=sizes)
 
         # The modules of each layer; what an ablation leaves unused is not made.
-        with seeded(seed, "interactions"):
+        with seeded(self.seed, "interactions"):
             self.mask_net = MaskNet(len(self.names) * dim, dim, activation)
             self.cls = None if n2s else nn.Parameter(nn.init.xavier_uniform_(torch.empty(num_summary, dim)))
             self.interactions = nn.ModuleList(interaction_arch() for _ in range(layers))

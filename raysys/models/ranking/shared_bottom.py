@@ -8,7 +8,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from raysys.models.outputs import Embedded
-from raysys.models.ranking.base import RankingModel, SharedArguments
+from raysys.models.ranking.base import PlainArguments, RankingModel
 from raysys.nn.mlp import MLP
 from raysys.nn.random import seeded
 from raysys.schema import FeatureSchema
@@ -24,25 +24,13 @@ class SharedBottom(RankingModel):
         self,
         schema: FeatureSchema,
         *,
-        embedding_dim: int = 16,
         deep: Sequence[int] = (128, 64),
         tower: Sequence[int] = (16,),
-        activation: str = "relu",
-        dropout: float = 0.0,
-        seed: int = 0,
-        **shared: Unpack[SharedArguments],
+        **shared: Unpack[PlainArguments],
     ) -> None:
-        super().__init__(
-            schema,
-            embedding_dim=embedding_dim,
-            tower=tower,
-            activation=activation,
-            dropout=dropout,
-            seed=seed,
-            **shared,
-        )
-        with seeded(seed, "interactions"):
-            self.deep = MLP(len(self.tokens.names) * embedding_dim, deep, activation, dropout)
+        super().__init__(schema, tower=tower, **shared)
+        with seeded(self.seed, "interactions"):
+            self.deep = MLP(len(self.tokens.names) * self.embedding_dim, deep, self.activation, self.dropout)
         self.add_towers(self.deep.out_features)
 
     def interact(self, embedded: Embedded) -> Tensor:

@@ -106,7 +106,6 @@ class Wukong(RankingModel):
         tower: Sequence[int] = (256, 128),
         activation: str = "relu",
         dropout: float = 0.0,
-        seed: int = 0,
         **shared: Unpack[SharedArguments],
     ) -> None:
         super().__init__(
@@ -115,7 +114,6 @@ class Wukong(RankingModel):
             tower=tower,
             activation=activation,
             dropout=dropout,
-            seed=seed,
             **shared,
         )
         sizes = {"layers": layers, "fm_tokens": fm_tokens, "linear_tokens": linear_tokens, "rank": rank}
@@ -123,7 +121,7 @@ class Wukong(RankingModel):
             check_count(name, size)
         num_tokens = len(self.tokens.names)
         self.layers = nn.Sequential()
-        with seeded(seed, "interactions"):
+        with seeded(self.seed, "interactions"):
             for _ in range(layers):
                 layer = WukongLayer(
                     num_tokens,

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from raysys.errors import UserError
 from raysys.models.outputs import Embedded
-from raysys.models.ranking.base import RankingModel, SharedArguments
+from raysys.models.ranking.base import PlainArguments, RankingModel
 from raysys.nn.factorization import CompressedInteractions, TokenScores
 from raysys.nn.mlp import MLP
 from raysys.nn.random import seeded
@@ -31,31 +31,19 @@ class XDeepFM(RankingModel):
         self,
         schema: FeatureSchema,
         *,
-        embedding_dim: int = 16,
         maps: Sequence[int] = (64, 64),
         deep: Sequence[int] = (256, 128, 64),
         tower: Sequence[int] = (),
-        activation: str = "relu",
-        dropout: float = 0.0,
-        seed: int = 0,
-        **shared: Unpack[SharedArguments],
+        **shared: Unpack[PlainArguments],
     ) -> None:
-        super().__init__(
-            schema,
-            embedding_dim=embedding_dim,
-            tower=tower,
-            activation=activation,
-            dropout=dropout,
-            seed=seed,
-            **shared,
-        )
+        super().__init__(schema, tower=tower, **shared)
         if not maps or min(maps) < 1:
             raise UserError(f"maps is {list(maps)}", "give a positive number for each layer, at least one: [64, 64]")
         num_tokens = len(self.tokens.names)
-        with seeded(seed, "interactions"):
-            self.first_order = TokenScores(num_tokens, embedding_dim)
+        with seeded(self.seed, "interactions"):
+            self.first_order = TokenScores(num_tokens, self.embedding_dim)
             self.cin = CompressedInteractions(num_tokens, maps)
-            self.deep = MLP(num_tokens * embedding_dim, deep, activation, dropout)
+            self.deep = MLP(num_tokens * self.embedding_dim, deep, self.activation, self.dropout)
         self.add_towers(num_tokens + self.cin.out_features + self.deep.out_features)
 
     def interact(self, embedded: Embedded) -> Tensor:

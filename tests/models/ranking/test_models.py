@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import yaml
 from raysys.config import arguments_of, compose, instantiate, locate
 from raysys.errors import UserError
 from raysys.models.flops import flops_per_row
-from raysys.models.ranking.base import RankingModel, SharedArguments
+from raysys.models.ranking.base import RankingModel
 
 ROOT = Path(__file__).parents[3]
 NAMES = sorted(path.stem for path in (ROOT / "configs/model").glob("*.yaml"))
@@ -222,8 +223,9 @@ def test_configs_name_every_key_with_its_default(name):
 def test_every_argument_is_passed_on_or_named_by_each_model(name):
     model = locate(compose([f"model={name}"])["model"]["_target_"])
     if issubclass(model, RankingModel):
+        (passed_on,) = get_args(get_type_hints(model.__init__)["shared"])
         named = inspect.signature(model).parameters.keys() - {"shared"}
-        assert arguments_of(RankingModel).keys() - named <= SharedArguments.__annotations__.keys()
+        assert arguments_of(RankingModel).keys() - named == passed_on.__annotations__.keys()
 
 
 def test_an_unknown_key_names_the_nearest_one_of_the_model_and_its_base(plain_schema):
