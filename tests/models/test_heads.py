@@ -5,6 +5,7 @@ import torch
 
 from raysys.errors import UserError
 from raysys.models.heads import TaskTowers
+from raysys.nn.mlp import MLP
 from raysys.schema import Label
 
 
@@ -62,3 +63,9 @@ def test_split_towers_need_a_part_for_each_task():
         TaskTowers(labels(2), 7, split=True)
     assert caught.value.message == "split towers of 2 tasks on a shared representation of 7 columns"
     assert caught.value.hint == "it needs a part for each task: use model/head=towers"
+
+
+def test_number_of_parameters():
+    """An MLP [128, 16] and towers [8] on the 135 inputs of Census G1, as other heads are compared with: 19.8 k."""
+    modules = MLP(135, [128, 16]), TaskTowers(labels(2), 16, tower=(8,))
+    assert sum(parameter.numel() for module in modules for parameter in module.parameters()) == 19_762

@@ -244,6 +244,16 @@ def test_normeq_and_metabalance_are_their_formulas():
     torch.testing.assert_close(meta.weights, 0.7 * norms[1] / norms + 0.3, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("normalize", "shares"), [("none", [16, 4, 1]), ("l2", [1, 1, 1]), ("loss", [1, 1, 1]), ("loss+", [1, 4, 16])]
+)
+def test_mgda_divides_gradients_where_it_chooses(normalize, shares):
+    """Norms and losses are (1, 2, 4): of gradients at right angles a share is one over the square of what is left."""
+    gram = torch.diag(torch.tensor([1.0, 4.0, 16.0], dtype=torch.float64))
+    found = MGDA(THREE, normalize=normalize).weigh(gram, torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64))
+    assert found.tolist() == pytest.approx([share / sum(shares) for share in shares], abs=1e-5)  # ROUNDING is 1e-6
+
+
 def test_floor_and_priorities():
     gram = torch.diag(torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64))
     gram[0, 1] = gram[1, 0] = -0.9

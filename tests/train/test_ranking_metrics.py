@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss as sklearn_log_loss
 from sklearn.metrics import mean_absolute_error, mean_squared_error, roc_auc_score
 
@@ -181,6 +182,19 @@ def test_down_sampled_negatives_are_calibrated_after_the_correction():
     np.testing.assert_allclose(correct_sampling(truth, 1.0), truth, atol=1e-15)
 
 
+def test_a_model_of_the_sampled_log_is_calibrated_on_the_whole_one():
+    rng = np.random.default_rng(1)
+    keep_rate, n = 0.1, 200_000
+    x = rng.normal(size=(n, 2))
+    label = rng.random(n) < 1 / (1 + np.exp(3 - x @ [1.0, -0.5]))
+    kept = label | (rng.random(n) < keep_rate)
+    model = LogisticRegression(C=1e6).fit(x[kept], label[kept])
+    sampled = model.predict_proba(x)[:, 1]
+    noise = 1 / math.sqrt(label.sum())
+    assert calibration(label, correct_sampling(sampled, keep_rate)) == pytest.approx(1, abs=4 * noise)
+    assert calibration(label, sampled) > 2
+
+
 def test_calibration_error_of_equal_bins():
     table = calibration_bins(Y, P, bins=4)
     np.testing.assert_allclose(table.prediction, [0.15, 0.35, 0.55, 0.75])
@@ -241,24 +255,41 @@ def test_certain_and_wrong_is_finite():
     assert log_loss([1.0], [0.0]) == pytest.approx(-math.log(1e-12))
 
 
-@pytest.mark.parametrize("weight", [np.ones(8), W])
-def test_torchrec_agrees_where_it_is_right(weight):
+@pytest.mark.parametrize(
+    ("label", "weight", "bits"), [(Y, np.ones(8), 0.763286), (RARE, np.ones(8), 0.690166), (Y, W, 0.729179)]
+)
+def test_torchrec_agrees_where_it_is_right(label, weight, bits):
     """Its log-loss is in bits, and its AUC of tied predictions depends on the order of the rows."""
     from torchrec.metrics.auc import compute_auc
     from torchrec.metrics.calibration import compute_calibration, get_calibration_states
     from torchrec.metrics.ne import compute_logloss, compute_ne, get_ne_states
 
-    rows = [torch.tensor(values, dtype=torch.float64)[None] for values in (Y, P, weight)]
+    rows = [torch.tensor(values, dtype=torch.float64)[None] for values in (label, P, weight)]
     states = get_ne_states(*rows, eta=1e-12)
     sums = [states[name] for name in ("cross_entropy_sum", "weighted_num_samples", "pos_labels", "neg_labels")]
-    assert float(compute_ne(*sums, eta=1e-12)) == pytest.approx(normalized_entropy(Y, P, weight), abs=1e-6)
-    bits = float(compute_logloss(sums[0], sums[2], sums[3], eta=1e-12))
-    assert bits * math.log(2) == pytest.approx(log_loss(Y, P, weight), abs=1e-6)
+    assert float(compute_ne(*sums, eta=1e-12)) == pytest.approx(normalized_entropy(label, P, weight), abs=1e-6)
+    found = float(compute_logloss(sums[0], sums[2], sums[3], eta=1e-12))
+    assert found == pytest.approx(bits, abs=1e-6)
+    assert found * math.log(2) == pytest.approx(log_loss(label, P, weight), abs=1e-6)
     ratio = compute_calibration(*get_calibration_states(*rows).values())
-    assert float(ratio) == pytest.approx(calibration(Y, P, weight), abs=1e-6)
+    assert float(ratio) == pytest.approx(calibration(label, P, weight), abs=1e-6)
     tied = torch.full((1, 4), 0.5)
     found = [
         float(compute_auc(1, [tied], [torch.tensor([label])], [torch.ones(1, 4)]))
         for label in ([1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0])
     ]
     assert sorted(found) == [0.0, 1.0]
+
+
+def test_torchrec_has_two_other_metrics_within_groups():
+    """Plain means: its gauc leaves out groups of one class or one score, its grouped AUC counts those of one class as 0.5."""
+    from torchrec.metrics.auc import compute_auc_per_group
+    from torchrec.metrics.gauc import get_auc_states
+
+    label, score = (torch.tensor(values, dtype=torch.float32)[None] for values in (GROUP_Y, GROUP_P))
+    states = get_auc_states(label, score, torch.ones_like(score), torch.tensor([4, 3, 2, 3]))
+    assert float(states["auc_sum"] / states["num_samples"]) == pytest.approx(0.625)
+    rows = [[values] for values in (score, label, torch.ones_like(score))]
+    assert float(compute_auc_per_group(1, *rows, torch.tensor(GROUP))) == pytest.approx(
+        0.6875
+    )  # the ties as they stand
