@@ -1,4 +1,4 @@
-"""Items 1 to 8 of what must hold for InterFormer (7 in part in tests/nn/test_attention.py)."""
+"""Items 1 to 5 and 8 of what must hold for InterFormer; 6, 7 and the rest of 2 in test_interformer_parts.py."""
 
 from __future__ import annotations
 
@@ -9,17 +9,7 @@ import torch
 
 from raysys.errors import UserError
 from raysys.models.flops import flops_per_row
-from raysys.models.ranking.interformer import (
-    GATINGS,
-    PFFNS,
-    EventSummary,
-    Gate,
-    InterFormer,
-    MaskNet,
-    PersonalizedFFN,
-    SequenceArch,
-    align,
-)
+from raysys.models.ranking.interformer import GATINGS, PFFNS, InterFormer
 from raysys.schema import Sequence, SequenceFeature
 
 D, SUMMARY, PMA, RECENT = 8, 3, 2, 2
@@ -97,19 +87,6 @@ def test_padding_a_batch_further_changes_nothing(two_sequences, make_batch):  # 
     }
     other = dataclasses.replace(embedded, sequences=longer)
     torch.testing.assert_close(model.interact(other), model.interact(embedded))
-
-
-def test_recent_events_are_the_last_ones_that_are_there(schema):  # item 2
-    values = torch.randn(4, T, D)
-    mask = torch.arange(T) < torch.tensor([[5], [3], [1], [0]])
-    events, there = align([(values, mask)], RECENT)
-    cls = torch.randn(4, SUMMARY, D)
-    summary = EventSummary(SUMMARY, PMA, RECENT, D, 2, "none", "silu")
-    out = summary(torch.cat([cls, events], 1), torch.cat([torch.ones(4, SUMMARY, dtype=torch.bool), there], 1))
-    assert torch.equal(out[:, :SUMMARY], cls)
-    zero = torch.zeros(D)
-    for row, expected in enumerate([values[0, [4, 3]], values[1, [2, 1]], [values[2, 0], zero], [zero, zero]]):
-        assert torch.equal(out[row, -RECENT:], torch.stack(list(expected)))
 
 
 def test_rows_without_events_give_finite_outputs_and_gradients(schema, make_batch):  # item 2
@@ -197,55 +174,6 @@ def test_the_order_of_the_arches_within_a_layer_changes_nothing(schema, make_bat
     assert torch.equal(model.interact(embedded), expected)
 
 
-def test_pffn_of_the_appendix_has_the_rank_of_the_summary():  # item 6
-    x_sum, s = torch.randn(4, SUMMARY, D), torch.randn(4, 20, D)
-    ranks = {mode: torch.linalg.matrix_rank(PersonalizedFFN(SUMMARY, D, mode, "silu")(x_sum, s)) for mode in PFFNS}
-    assert ranks["appendix"].tolist() == [SUMMARY] * 4
-    assert ranks["full"].tolist() == [D] * 4
-
-
-def test_pffn_equals_its_formula():  # item 6
-    x_sum, s = torch.randn(4, SUMMARY, D), torch.randn(4, T, D)
-    for mode in PFFNS:
-        pffn = PersonalizedFFN(SUMMARY, D, mode, "gelu")
-        weight = pffn.weight.weight
-        for row in range(4):
-            if mode == "appendix":
-                matrix = x_sum[row].t() @ weight
-                expected = s[row] @ matrix.t()
-            elif mode == "full":
-                expected = s[row] @ (weight @ x_sum[row].flatten()).view(D, D)
-            else:
-                keys, values = x_sum[row] @ weight[:D].t(), x_sum[row] @ weight[D:].t()
-                expected = torch.nn.functional.gelu(s[row] @ keys.t() / D**0.5) @ values
-            torch.testing.assert_close(pffn(x_sum, s)[row], expected)
-
-
-def test_number_of_parameters_of_a_pffn():  # item 6
-    counts = {mode: sum(p.numel() for p in PersonalizedFFN(SUMMARY, D, mode, "silu").parameters()) for mode in PFFNS}
-    assert counts == {"appendix": SUMMARY * D, "full": SUMMARY * D * D * D, "gdpa": 2 * D * D}
-
-
-@pytest.mark.parametrize("mode", PFFNS)
-def test_pffn_is_linear_in_events_but_for_its_activation(mode):  # item 6
-    pffn = PersonalizedFFN(SUMMARY, D, mode, "gelu")
-    x_sum, s, other = torch.randn(4, SUMMARY, D), torch.randn(4, T, D), torch.randn(4, T, D)
-
-    def linear():
-        both = pffn(x_sum, 2 * s - 3 * other)
-        return torch.allclose(both, 2 * pffn(x_sum, s) - 3 * pffn(x_sum, other), rtol=1e-4, atol=1e-4)
-
-    assert linear() == (mode != "gdpa")
-    pffn.activation = torch.nn.Identity()
-    assert linear()
-
-
-def test_pma_does_not_see_the_order_of_events():  # item 7
-    summary = EventSummary(0, PMA, 0, D, 2, "none", "silu")
-    s, mask, order = torch.randn(4, T, D), torch.arange(T) < torch.tensor([[5], [3], [1], [2]]), torch.randperm(T)
-    torch.testing.assert_close(summary(s[:, order], mask[:, order]), summary(s, mask))
-
-
 def test_cls_tokens_are_not_rotated_and_positions_count_from_the_last_event(schema, make_batch):
     model = model_of(schema)
     embedded = model.embed(make_batch(schema, 6))
@@ -253,19 +181,6 @@ def test_cls_tokens_are_not_rotated_and_positions_count_from_the_last_event(sche
     assert positions.tolist() == [0] * SUMMARY + [0, 1, 2, 3, 4]
     assert mask[:, SUMMARY:].sum(1).tolist() == embedded.sequences["history"][1].sum(1).tolist()
     assert mask[:, :SUMMARY].all()
-
-
-def test_order_of_events_matters_to_the_sequence_arch():  # item 7
-    arch = SequenceArch(D, 2, None, residual=True, norm=True, dropout=0.0)
-    s, mask, positions, order = (
-        torch.randn(2, T, D),
-        torch.ones(2, T, dtype=torch.bool),
-        torch.arange(T),
-        [4, 2, 0, 1, 3],
-    )
-    expected = arch(None, s, mask, positions)[:, order]
-    assert not torch.allclose(arch(None, s[:, order], mask, positions), expected, atol=1e-4)
-    torch.testing.assert_close(arch(None, s[:, order], mask, positions[order]), expected)
 
 
 def test_flops_grow_with_the_square_of_the_events_and_linearly_with_layers(schema):  # item 8
@@ -278,25 +193,6 @@ def test_flops_grow_with_the_square_of_the_events_and_linearly_with_layers(schem
     second = [c - 2 * b + a for a, b, c in zip(counts, counts[1:], counts[2:], strict=False)]
     assert second == [2 * 100 * 2 * 2 * D] * 2  # scores and mixing of (CLS + T)² pairs, multiply-adds counted as 2
     assert flops(10, 3) - flops(10, 2) == flops(10, 2) - counts[0] > 0
-
-
-def test_sequences_are_aligned_at_the_last_event():
-    first = (torch.arange(1.0, 4).view(1, 3, 1), torch.tensor([[True, True, False]]))
-    second = (torch.arange(10.0, 15).view(1, 5, 1), torch.tensor([[True, True, True, True, False]]))
-    events, mask = align([first, second], 1)
-    assert events[0].tolist() == [[2, 13], [1, 12], [0, 11], [0, 10], [0, 0]]
-    assert mask.tolist() == [[True, True, True, True, False]]
-    assert align([first], 4)[0].shape == (1, 4, 1)
-
-
-def test_mask_net_and_gate_equal_their_formulas():
-    x = torch.randn(4, T, 2 * D)
-    net = MaskNet(2 * D, D, "silu")
-    torch.testing.assert_close(net(x), net.compress(x * net.mask[:2](x).sigmoid()))
-    gates = {mode: Gate(2 * D, mode, "silu") for mode in GATINGS}
-    torch.testing.assert_close(gates["product"](x), x * gates["product"].mlp(x).sigmoid())
-    torch.testing.assert_close(gates["literal"](x), (x * gates["literal"].mlp(x)).sigmoid())
-    assert gates["none"](x) is x
 
 
 def test_pooled_histories_may_be_tokens_as_well(schema, make_batch):
