@@ -94,18 +94,18 @@ class Balanced(Supervised, ABC):
         """Σ w_i g_i of this rank's rows, [B, H], from its g_i [T, B, H] and shares of the losses [T] (collective)."""
         num_tasks, ranks = len(losses), world_size()
         with torch.autocast(gradients.device.type, enabled=False):
-            rows = gradients.transpose(0, 1).float()  # [B, T, H]
+            own = gradients.float()
+            rows = own.transpose(0, 1)  # [B, T, H]
             # Row by row, then over the rows: one product over all B H columns rounds as one sum does, 1e-4 for some million.
-            own = torch.bmm(rows, rows.transpose(1, 2)).sum(0, dtype=torch.float64)  # [T, T]
-            sums = global_sum(torch.cat([own.flatten(), losses.double()]))
+            products = torch.bmm(rows, rows.transpose(1, 2)).sum(0, dtype=torch.float64)  # [T, T]
+            sums = global_sum(torch.cat([products.flatten(), losses.double()]))
             # Each rank's loss counts `ranks` times, because gradients of parameters are averaged over ranks.
             gram, losses = sums[:-num_tasks].view(num_tasks, num_tasks) / ranks**2, sums[-num_tasks:] / ranks
             finite = gram.isfinite().all()
             weights = self.weigh(torch.where(finite, gram, 0.0), losses)
             self.weights.copy_(torch.where(finite, weights, 1.0))
             self.direction_norm.copy_((self.weights @ gram @ self.weights).clamp(min=0).sqrt())
-            combined = self.weights.float() @ gradients.float().flatten(1)  # [B H]
-            return combined.view_as(gradients[0]).to(gradients.dtype)
+            return (self.weights.float() @ own.flatten(1)).view_as(gradients[0]).to(gradients.dtype)
 
 
 class _Join:
