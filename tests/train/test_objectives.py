@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,8 @@ from raysys.errors import UserError
 from raysys.report.events import EventWriter
 from raysys.report.html import render_report
 from raysys.report.record import load_record
-from raysys.train.launch import Worker
+from raysys.train.checkpoint import checkpoint_path
+from raysys.train.launch import Worker, _own_process_group
 from raysys.train.loop import TrainLoop
 from raysys.train.sharding import unwrap
 from raysys.train.tables import gather_table, table_weights
@@ -105,10 +108,13 @@ DROPPED = [
     "objective.perturbation.dense_noise=0",
     "objective.perturbation.id_drop=0.9999999",
 ]
+RANKED = ["objective.value.factors=[click]", "objective.bid=u", "objective.rank_weight=0.5"]
 OBJECTIVES = {
     "ukdsl": ["objective=ukdsl", TEACHER, "objective.sampling_weight=u", "objective.labeled_share=0.3"],
     "corrected": ["objective=ukdsl", TEACHER, "objective.teacher_rank=rank", "objective.rank_buckets=[1,3]"],
     "listwise": ["objective=ukdsl", TEACHER, "objective.loss=listwise", "data.keep_groups_whole=true"],
+    "early_stage": ["objective=early_stage", TEACHER],
+    "ranked": ["objective=early_stage", TEACHER, *RANKED, "data.keep_groups_whole=true"],
     "scr": ["objective=scr", "objective.lambda_=5", "objective.unlabeled=true", *MASKED],
     "lspr": ["objective=lspr", "objective.alpha=0.5", *MASKED],
     "groups": ["objective=lspr", "objective.balance=ratio", "objective.balance_groups=user", *MASKED],
@@ -164,6 +170,21 @@ def test_two_workers_train_as_one_does(gloo, funnel_data, tmp_path, name):
     assert first["weights"].keys() == one["weights"].keys()
     for key, value in one["weights"].items():
         torch.testing.assert_close(first["weights"][key], value, rtol=1e-5, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("pipeline", ["base", "sparse_dist"])
+def test_a_stopped_run_leaves_out_the_same_ids_when_it_goes_on(funnel_data, tmp_path, tensors_of, pipeline):
+    options = ["objective=lspr", "objective.perturbation.id_drop=0.3", "objective.perturbation.history_crop=0.5"]
+    prepared = prepare(config(funnel_data, tmp_path, *options, f"train.pipeline={pipeline}"))
+    for folder, stops in (("whole", [None]), ("stopped", [2, None])):
+        for stop_at in stops:
+            job, loops = replace(prepared.job, folder=tmp_path / folder), []
+            wanted = partial(lambda stop_at, loops: stop_at is not None and loops[0].step >= stop_at, stop_at, loops)
+            with _own_process_group(torch.device("cpu")):
+                loops.append(TrainLoop(Worker(job, torch.device("cpu"), lambda event: None, wanted), prepared.plan))
+                assert loops[0].run() == ("finished" if stop_at is None else "interrupted")
+    whole, stopped = (tensors_of(checkpoint_path(tmp_path / name / "checkpoints", 4)) for name in ("whole", "stopped"))
+    assert whole == stopped
 
 
 def test_a_run_with_a_teacher_says_how_right_it_is_on_what_it_ranks_first(funnel_data, tmp_path):
