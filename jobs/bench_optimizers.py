@@ -1,6 +1,9 @@
 """Dense optimisers: the bytes of their state, and the time of a step on large matrices beside fused AdamW.
 
-usage: python jobs/bench_optimizers.py [SIZE ...]    (sides of square matrices, default 1024 2048)
+    python jobs/bench_optimizers.py [SIZE ...]       # sides of square matrices, default 1024 2048
+
+One thread, whose CPU time is taken, so that other work on the machine counts little; on a GPU the wall clock's. All take
+turns. `products alone` is the random projection of the gradients and nothing else, the least that `apollo` can take.
 """
 
 from __future__ import annotations
@@ -8,11 +11,13 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from raysys.train.apollo import LowRank
+from raysys.train.job import set_up_process
 from raysys.train.optimizers import DenseOptimizer
 
 ROUNDS, STEPS, MATRICES = 7, 3, 4
@@ -36,33 +41,38 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def step_seconds(size: int, device: torch.device) -> dict[str, tuple[float, int]]:
     """Median seconds of a step and bytes of state by optimiser; they take turns, after a round that warms up."""
+    gradients = [torch.randn(size, size, device=device) for _ in range(MATRICES)]
+    projection = torch.randn(size // 4, size, device=device)
     built: dict[str, torch.optim.Optimizer] = {}
     for name, settings in optimizers(size).items():
-        parameters = [nn.Parameter(torch.randn(size, size, device=device)) for _ in range(MATRICES)]
+        parameters = [nn.Parameter(torch.randn_like(gradient)) for gradient in gradients]
         built[name] = settings.build(parameters)
-        for parameter in parameters:
-            parameter.grad = torch.randn_like(parameter)
-    seconds: dict[str, list[float]] = {name: [] for name in built}
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.clone()
+    steps: dict[str, Callable[[], object]] = {name: optimizer.step for name, optimizer in built.items()}
+    steps["products alone"] = lambda: [projection @ gradient for gradient in gradients]
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(ROUNDS + 1):
-        for name, optimizer in built.items():
-            _wait(device)
-            started = time.perf_counter()
+        for name, step in steps.items():
+            started = _clock(device)
             for _ in range(STEPS):
-                optimizer.step()
-            _wait(device)
+                step()
             if turn:
-                seconds[name].append((time.perf_counter() - started) / STEPS)
-    return {name: (statistics.median(times), state_bytes(built[name])) for name, times in seconds.items()}
+                seconds[name].append((_clock(device) - started) / STEPS)
+    sizes = {name: state_bytes(optimizer) for name, optimizer in built.items()}
+    return {name: (statistics.median(times), sizes.get(name, 0)) for name, times in seconds.items()}
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def _clock(device: torch.device) -> float:
+    if device.type == "cpu":
+        return time.thread_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def main() -> None:
     """Print one table for each size."""
-    torch.set_num_threads(1)
+    set_up_process(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for size in [int(argument) for argument in sys.argv[1:]] or [1024, 2048]:
         print(f"\n{MATRICES} matrices of {size} x {size} on {device}, one thread")
