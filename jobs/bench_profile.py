@@ -18,6 +18,7 @@ from bench_rival import LOG, THREADS, Rival
 from torch.profiler import ProfilerActivity, profile
 
 SHOWN = 30
+WHOLE = "(the whole step, with the profiler)"
 Recorder = tuple[str, dict[str, Any]]
 """A function of this file that writes a table of operators, and its options but `path`."""
 
@@ -51,9 +52,9 @@ def rival(target: str, options: dict[str, Any], path: str) -> Iterator[float]:
     module, _, function = target.partition(":")
     rates = getattr(importlib.import_module(module), function)(**options)
     next(rates)
-    recording = _Recording(options["steps"])
+    recording = Recording(options["steps"])
     next(rates)
-    recording.write(path)
+    _write(recording, path)
     return iter((0.0, 0.0))
 
 
@@ -68,24 +69,24 @@ def raysys(run: dict[str, Any], path: str) -> Iterator[float]:
     set_up_process(THREADS)
     prepared = Run(**{**run, "folder": Path(run["folder"])}).prepare_turns()
     steps, steps_done = run["steps"], 0
-    recordings: list[_Recording] = []
+    recordings: list[Recording] = []
 
     def stop_wanted() -> bool:
         """The loop asks after every step."""
         nonlocal steps_done
         steps_done += 1
         if steps_done == steps:
-            recordings.append(_Recording(steps))
+            recordings.append(Recording(steps))
         if steps_done == 2 * steps:
-            recordings[0].write(path)
+            _write(recordings[0], path)
         return False
 
     TrainLoop(Worker(prepared.job, torch.device("cpu"), lambda event: None, stop_wanted), prepared.plan).run()
     return iter((0.0, 0.0))
 
 
-class _Recording:
-    """A running torch profiler."""
+class Recording:
+    """A running torch profiler over `steps` steps."""
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
@@ -93,8 +94,8 @@ class _Recording:
         self._profiler.start()
         self._started = time.perf_counter()
 
-    def write(self, path: str) -> None:
-        """Stop; rank 0 writes {operator: milliseconds of its own in a step}."""
+    def stop(self) -> dict[str, float]:
+        """Stop; milliseconds of its own in a step by operator, with two entries in brackets: the rest, and `WHOLE`."""
         wall = (time.perf_counter() - self._started) * 1e3 / self._steps
         self._profiler.stop()
         table: dict[str, float] = {}
@@ -102,9 +103,15 @@ class _Recording:
             name = re.sub(r"\d+", "N", event.key) if event.key.startswith("##") else event.key  # "load batch 7"
             table[name] = table.get(name, 0.0) + event.self_cpu_time_total / 1e3 / self._steps
         table["(outside of operators: Python, waiting)"] = wall - sum(table.values())
-        table["(the whole step, with the profiler)"] = wall
-        if torch.distributed.get_rank() == 0:
-            Path(path).write_text(json.dumps(table))
+        table[WHOLE] = wall
+        return table
+
+
+def _write(recording: Recording, path: str) -> None:
+    """The table of rank 0 as JSON."""
+    table = recording.stop()
+    if torch.distributed.get_rank() == 0:
+        Path(path).write_text(json.dumps(table))
 
 
 def functions(rates: Iterator[float], path: Path) -> Path:

@@ -91,11 +91,16 @@ class BareLoop:
 
     def step(self) -> float:
         """Train on the next batch, and give the loss."""
+        loss = self.backward()
+        self.optimizer.step()
+        return loss.item()
+
+    def backward(self) -> Tensor:
+        """Forward and backward on the next batch: gradients of the dense part, an update of the tables, and the loss."""
         self.optimizer.zero_grad()
         loss = self.loss(next(self._batches))
         loss.backward()
-        self.optimizer.step()
-        return loss.item()
+        return loss
 
     def loss(self, batch: Batch) -> Tensor:
         """The sum over the tasks of the mean cross-entropy."""
