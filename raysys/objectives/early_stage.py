@@ -58,19 +58,20 @@ class EarlyStageLoss(Supervised):
         super().__init__(schema, task_weights=task_weights, embedding_l2=embedding_l2)
         check_columns(schema, teachers)
         self.tasks = [place for place, task in enumerate(schema.tasks) if task in teachers]
-        self.columns = {task: teachers[task] for task in schema.tasks if task in teachers}
+        self.teachers = {task: teachers[task] for task in schema.tasks if task in teachers}
+        """The final stage's column by task; evaluation compares the model with it."""
         value = value or Value()
         value.check(schema, "objective.value")
-        shares = {task: 1.0 if task in value.events else 0.5 for task in self.columns} | dict(soft_share or {})
+        shares = {task: 1.0 if task in value.events else 0.5 for task in self.teachers} | dict(soft_share or {})
         for task, share in shares.items():
-            if task not in self.columns:
-                raise UserError(f"objective.soft_share: {task!r} has no teacher", nearest(task, self.columns))
+            if task not in self.teachers:
+                raise UserError(f"objective.soft_share: {task!r} has no teacher", nearest(task, self.teachers))
             check_number(f"soft_share.{task}", share, 0 <= share <= 1, "of 0 to 1")
-        self.soft_share = [float(shares[task]) for task in self.columns]
+        self.soft_share = [float(shares[task]) for task in self.teachers]
         check_number("rank_weight", rank_weight, rank_weight >= 0, "of at least 0")
         check_number("temperature", temperature, temperature > 0, "above 0")
         if rank_weight > 0:
-            _check_ranking(schema, value, bid, self.columns)
+            _check_ranking(schema, value, bid, self.teachers)
         self.value, self.bid, self.rank_weight, self.temperature = value, bid, rank_weight, temperature
         self.whole_groups = rank_weight > 0
         """Whether a batch must have all rows of a request (`data.keep_groups_whole`)."""
@@ -79,7 +80,7 @@ class EarlyStageLoss(Supervised):
         """As `Supervised.forward`; parts `TASK_soft`, the loss a_t weighs, `TASK_soft_bias`, mean P_E - P_F, and `rank`."""
         output = model.predict(model.interact(embedded))
         losses = self.task_losses(output.logits, batch)
-        final = torch.stack([_extra(batch, column) for column in self.columns.values()], 1)  # [B, K]
+        final = torch.stack([_extra(batch, column) for column in self.teachers.values()], 1)  # [B, K]
         spoke = ~final.isnan() & (batch.example_id >= 0)[:, None]
         final, logits = torch.where(spoke, final, 0.5), output.logits[:, self.tasks].float()
         early = logits.sigmoid()
@@ -92,13 +93,13 @@ class EarlyStageLoss(Supervised):
         mixed = losses._replace(per_task=losses.per_task.index_add(0, places, change))
         loss, parts = self.add_up(self.weighted(mixed) + self.rank_weight * rank, losses, embedded)
         for name, values in zip(("soft", "soft_bias"), soft.detach(), strict=True):
-            parts |= {f"{task}_{name}": value for task, value in zip(self.columns, values, strict=True)}
+            parts |= {f"{task}_{name}": value for task, value in zip(self.teachers, values, strict=True)}
         return loss, output, parts | ({"rank": rank.detach()} if self.rank_weight > 0 else {})
 
     def _ranking(self, early: Tensor, final: Tensor, spoke: Tensor, batch: Batch) -> Tensor:
         """This rank's share of L_rank (collective)."""
         assert self.bid is not None
-        places = {task: place for place, task in enumerate(self.columns)}
+        places = {task: place for place, task in enumerate(self.teachers)}
         bid = _extra(batch, self.bid)
         read = spoke[:, [places[task] for task in self.value.tasks]].all(1) & ~bid.isnan()
         bid = torch.where(read, bid, 0.0)
