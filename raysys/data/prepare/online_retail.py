@@ -53,6 +53,7 @@ def prepare(
     group: Group = "request",
     seed: int = 0,
     embedding_dim: int = 16,
+    history_length: int = HISTORY,
 ) -> None:
     """Write train, valid, test and items as Parquet, with schema.yaml, unless they are there.
 
@@ -60,6 +61,7 @@ def prepare(
     overlap. negatives: items drawn for each one bought, with `seed`: "uniform" or "popular" as `draw` says, see
     `online_retail_features`. train_rows: whole requests are left out by their hash until train has no more rows, and the same share of the other splits; None keeps
     all. group: whose rows GAUC and losses within a group compare, those of one "request" (a basket) or of one "user".
+    history_length: the most recent purchases that schema.yaml has a model read; the files have 50.
     """
     if source is None and is_prepared(folder):
         return  # later commands need not repeat where it came from
@@ -83,11 +85,12 @@ def prepare(
         "group": group,
         "seed": seed,
         "embedding_dim": embedding_dim,
+        "history_length": history_length,
     }
 
     def write(partial: Path) -> None:
         parts, catalogue = build(read_log(source), negatives, draw, train_rows, seed)
-        online_retail_schema(parts[0], catalogue, group, embedding_dim).save(partial / "schema.yaml")
+        online_retail_schema(parts[0], catalogue, group, embedding_dim, history_length).save(partial / "schema.yaml")
         for name, part in zip(SPLITS, parts, strict=True):
             write_table(partial / f"{name}.parquet", part)
         write_table(partial / "items.parquet", catalogue)
@@ -96,7 +99,11 @@ def prepare(
 
 
 def online_retail_schema(
-    train: pa.Table, catalogue: pa.Table, group: Group = "request", embedding_dim: int = 16
+    train: pa.Table,
+    catalogue: pa.Table,
+    group: Group = "request",
+    embedding_dim: int = 16,
+    history_length: int = HISTORY,
 ) -> FeatureSchema:
     """The schema of a prepared folder; a table has a row for each value (of all items, else of `train`) and one for others.
 
@@ -124,7 +131,7 @@ def online_retail_schema(
             SparseFeature("hour", "hour", "context"),
             SparseFeature("weekday", "weekday", "context"),
         ),
-        sequences=(Sequence("history", (SequenceFeature("history_item", "item"),), max_length=HISTORY),),
+        sequences=(Sequence("history", (SequenceFeature("history_item", "item"),), "user", history_length),),
         labels=(Label("purchase"), Label("returned", required=False)),
         example_id="example_id",
         group_id=f"{group}_id",

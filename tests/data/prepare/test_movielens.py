@@ -148,6 +148,13 @@ def test_neither_the_rating_nor_a_sequence_that_was_not_asked_for_is_in_the_sche
     assert "rating" in [table.name for table in schema.tables]
 
 
+def test_history_length_is_what_the_schema_has_a_model_read(tmp_path, small_movielens):
+    prepare(tmp_path / "log", small_movielens, history_length=3)
+    assert [sequence.max_length for sequence in FeatureSchema.load(tmp_path / "log/schema.yaml").sequences] == [3, 3]
+    lengths = pc.list_value_length(pq.read_table(tmp_path / "log/train.parquet")["liked_item"])
+    assert pc.max(lengths).as_py() > 3
+
+
 def test_a_finished_folder_is_left_alone(tmp_path, small_movielens, capsys):
     prepare(tmp_path / "log", source=small_movielens)
     assert capsys.readouterr().out == f"{tmp_path / 'log'}: prepared (640 train, 80 valid, 80 test rows)\n"

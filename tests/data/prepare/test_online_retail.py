@@ -281,6 +281,12 @@ def test_the_folder_trains_as_it_is_and_both_groupings_are_there(folder, tmp_pat
     assert FeatureSchema.load(tmp_path / "user" / "schema.yaml").group_id == "user_id"
 
 
+def test_history_length_is_what_the_schema_has_a_model_read(tmp_path, rows):
+    prepare(tmp_path / "log", source=SAMPLE, history_length=3)
+    assert FeatureSchema.load(tmp_path / "log/schema.yaml").sequences[0].max_length == 3
+    assert max(len(row["history_item"]) for row in rows) > 3
+
+
 def test_a_finished_folder_needs_no_source(folder, capsys):
     prepare(folder)
     assert capsys.readouterr().out == ""
