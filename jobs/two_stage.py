@@ -34,8 +34,7 @@ from raysys.train.predict import predict
 from raysys.train.record import read_record
 from raysys.train.trainer import fit, prepare
 
-CANDIDATES = {"train": 10**9, "test": 2 * 10**9}
-"""The example ids that candidates of a split begin with: more than impressions have."""
+CANDIDATES = {"train": 10**9, "test": 2 * 10**9}  # their first example ids: larger than impressions have
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,8 @@ def main(config: Config) -> None:
         data = compose(overrides)["data"]
         instantiate(data["prepare"])
         traffic = instantiate(node["traffic"], folder=data["folder"], **given)
-        experiment = Experiment(name, config, traffic, Value(**node["value"]), node["early"])
+        asked = config | {"requests": config["requests"] | node.get("requests", {})}
+        experiment = Experiment(name, asked, traffic, Value(**node["value"]), node["early"])
         experiment.value.check(traffic.schema, f"sets.{name}.value")
         run(experiment)
 
@@ -195,19 +195,19 @@ def write_early_log(experiment: Experiment, final: Path) -> None:
 
 def early_schema(schema: FeatureSchema, names: list[str]) -> FeatureSchema:
     """The schema with these features alone, labels that may be missing, the final stage's probabilities and the bid."""
-    kinds = ("dense", "sparse", "sequences")
-    known = [feature.name for kind in kinds for feature in getattr(schema, kind)]
+    known = features_of(schema)
     for name in names:
         if name not in known:
             raise UserError(f"early: no feature {name!r} in {schema.source}", nearest(name, known))
-    dense, sparse, sequences = ([f for f in getattr(schema, kind) if f.name in names] for kind in kinds)
+    sparse = tuple(f for f in schema.sparse if f.name in names)
+    sequences = tuple(sequence for sequence in schema.sequences if sequence.name in names)
     used = {f.table for f in sparse} | {f.table for sequence in sequences for f in sequence.features}
     return dataclasses.replace(
         schema,
         tables=tuple(table for table in schema.tables if table.name in used),
-        dense=tuple(dense),
-        sparse=tuple(sparse),
-        sequences=tuple(sequences),
+        dense=tuple(f for f in schema.dense if f.name in names),
+        sparse=sparse,
+        sequences=sequences,
         labels=tuple(dataclasses.replace(label, required=False) for label in schema.labels),
         extra=tuple(ExtraColumn(name) for name in [*(f"final_{task}" for task in schema.tasks), "bid"]),
         group_id="request",
@@ -258,7 +258,7 @@ def write_record(experiment: Experiment, final: Path, figures: dict[str, Any]) -
         "set": experiment.name,
         **{key: config[key] for key in ("requests", "k", "n", "all_runs", "final", "early", "methods")},
         **{key: config["sets"][experiment.name][key] for key in ("overrides", "value")},
-        "features": {"final": schema_features(experiment.traffic.schema), "early": experiment.early},
+        "features": {"final": features_of(experiment.traffic.schema), "early": experiment.early},
         "final_metrics": {
             task: {key: metrics.get(key) for key in ("auc", "ne", "calibration", "rows")}
             for task, metrics in record["metrics"]["test"].items()
@@ -272,9 +272,9 @@ def write_record(experiment: Experiment, final: Path, figures: dict[str, Any]) -
     print(f"record: {path}")
 
 
-def schema_features(schema: FeatureSchema) -> list[str]:
+def features_of(schema: FeatureSchema) -> list[str]:
     """The names of all features."""
-    return [feature.name for kind in ("sparse", "dense", "sequences") for feature in getattr(schema, kind)]
+    return [*(f.name for f in schema.sparse), *(f.name for f in schema.dense), *(f.name for f in schema.sequences)]
 
 
 def table(experiment: Experiment, figures: dict[str, dict[str, Any]]) -> str:
@@ -293,9 +293,7 @@ def cell(runs: dict[str, Any], key: str, part: str | None = None) -> str:
     """Mean and deviation of a figure over the runs, a single value, or nothing."""
     values = [run[key] if part is None else run[key].get(part) for run in runs.values()]
     found = [value for value in values if value is not None]
-    if not found:
-        return ""
-    return f"{mean(found):.3f} ± {stdev(found):.3f}" if len(found) > 1 else f"{found[0]:.3f}"
+    return f"{mean(found):.3f} ± {stdev(found):.3f}" if len(found) > 1 else "".join(f"{x:.3f}" for x in found)
 
 
 if __name__ == "__main__":

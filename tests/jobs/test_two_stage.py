@@ -23,7 +23,8 @@ SMALL = [
     f"sources.online_retail={SAMPLE}",
     "sets.online_retail.value.events.returned=-0.1",  # of a final stage that has learnt nothing yet
     "seeds=[0]",
-    "requests={train: 12, test: 10, candidates: 30, scored: 6}",
+    "requests={train: 12, test: 0, candidates: 30, scored: 6}",
+    "sets.online_retail.requests.test=10",
     "all_runs=['train.batch_size=512','train.epochs=1','data.shards=2']",
     "final=['model=dlrm','model.tower=[4]','model.bottom=[4]']",
     "early=['model=early_stage','model.deep=[4]','model.width=4','model.bottom=[4]']",
