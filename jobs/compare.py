@@ -6,9 +6,11 @@ trained with the other seeds. Each run leaves one line in `records`; the page is
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ from raysys.report.compare import compare
 from raysys.report.results import Run, chosen_trial, read_runs, write_page
 from raysys.strict_json import to_plain
 
+_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 SHOWN = ("auc", "ne", "gauc", "log_loss")
 
 
@@ -47,7 +50,8 @@ class Contest:
 
 def main(config: Config) -> None:
     """Train what is missing, then write the page."""
-    with ProcessPoolExecutor(config["processes"], multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(config["processes"], spawn, initializer=_end_with_parent) as pool:
         for contest in contests(config):
             prepare_data(contest)
             baseline, *others = contest.models
@@ -60,6 +64,11 @@ def main(config: Config) -> None:
     print(f"page: {config['page']}")
 
 
+def _end_with_parent() -> None:
+    """Have the kernel end this process when the one that started it is gone, which a killed one cannot do."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def contests(config: Config) -> Iterator[Contest]:
     """What the config asks for; an unknown name is a `UserError` with the nearest one."""
     for name, comparison in _chosen(config["comparisons"], config["comparison"], "comparison").items():
@@ -69,17 +78,16 @@ def contests(config: Config) -> Iterator[Contest]:
                 print(f"{name}: {title} is left out: give sources.{source}=FOLDER")
                 continue
             given = [] if source is None else [f"data.prepare.source={config['sources'][source]}"]
-            models = dict.fromkeys([comparison["baseline"], *(config["models"] or comparison["models"])])
+            options = {model: flat(overrides) for model, overrides in comparison["models"].items()}
+            for model, overrides in data.get("models", {}).items():
+                options[model] = options.get(model, []) + overrides
+            models = dict.fromkeys([comparison["baseline"], *(config["models"] or options)])
             yield Contest(
                 name,
                 title,
                 data["task"],
                 [*config["all_runs"], *data["overrides"], *given],
-                {
-                    model: flat(_chosen(comparison["models"], model, "models")[model])
-                    + data.get("models", {}).get(model, [])
-                    for model in models
-                },
+                {model: _chosen(options, model, "models")[model] for model in models},
                 config["trials"],
                 data.get("seeds", config["seeds"]),
                 Path(config["records"]),
@@ -127,8 +135,10 @@ def train_once(contest: Contest, model: str, baseline: str, trial: int, seed: in
     shutil.rmtree(contest.runs_folder / name, ignore_errors=True)  # of a run that ended before its record was written
     prepared = prepare(config)
     started = time.process_time()
-    fit(prepared, [])
+    outcome = fit(prepared, [])
     cpu_seconds = time.process_time() - started
+    if outcome.status == "interrupted":
+        raise UserError(f"{name}: the comparison was stopped", "start it again: it goes on after the last record")
     record = read_record(prepared.job.folder)
     assert record is not None
     run = Run(

@@ -8,13 +8,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from raysys.config import compose, instantiate, validate
 from raysys.data.synthetic.criteo_shaped import criteo_shaped_schema
-from raysys.schema import Sequence, SequenceFeature
+from raysys.schema import Label, Sequence, SequenceFeature
 from raysys.train.settings import TrainSettings
 
 ROOT = Path(__file__).parents[2]
@@ -23,25 +24,25 @@ TINY = """{
     sets: {criteo: {task: label, overrides: ['data=criteo_shaped', 'data.folder=data', 'data.prepare.rows=1200']}},
     models: {dlrm: ['model=dlrm', 'model.tower=[8]'], dcnv2: ['model=dcnv2', 'model.deep=[8]', 'model.rank=4']}}"""
 
+OVERRIDES = [
+    f"+comparisons.tiny={' '.join(TINY.split())}",
+    "comparison=tiny",
+    "page=results.md",
+    "runs_folder=runs",
+    "processes=1",
+    "seeds=[0,1]",
+    "trials=[['train.optimizers.dense.lr=0.001'],['train.optimizers.dense.lr=0.01']]",
+    "all_runs=['train.batch_size=256','train.epochs=1']",
+]
+
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     """The folder of a comparison, and `again(*overrides)` that starts it once more."""
     folder = tmp_path_factory.mktemp("compare")
-    overrides = [
-        f"+comparisons.tiny={' '.join(TINY.split())}",
-        "comparison=tiny",
-        "records=records",
-        "page=results.md",
-        "runs_folder=runs",
-        "processes=1",
-        "seeds=[0,1]",
-        "trials=[['train.optimizers.dense.lr=0.001'],['train.optimizers.dense.lr=0.01']]",
-        "all_runs=['train.batch_size=256','train.epochs=1']",
-    ]
 
     def again(*more):
-        command = [sys.executable, str(ROOT / "jobs/compare.py"), *overrides, *more]
+        command = [sys.executable, str(ROOT / "jobs/compare.py"), *OVERRIDES, "records=records", *more]
         return subprocess.run(
             command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
         )
@@ -69,6 +70,26 @@ def test_what_has_a_record_is_not_trained_again(compared):
     assert (folder / "records/tiny-criteo.jsonl").read_text() == before
 
 
+def test_workers_of_a_killed_comparison_end_and_record_nothing_more(compared):
+    folder, _ = compared
+    command = [sys.executable, str(ROOT / "jobs/compare.py"), *OVERRIDES, "records=killed"]
+    records = folder / "killed/tiny-criteo.jsonl"
+    with subprocess.Popen(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}) as job:
+        wait_until(lambda: records.exists() and records.read_text().count("\n") >= 1)
+        children = [int(child) for child in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()]
+        job.kill()
+        before = records.read_text().count("\n")
+    wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
+    assert records.read_text().count("\n") <= before + 1  # a run may have been at its last line
+
+
+def wait_until(holds):
+    limit = time.monotonic() + 120
+    while not holds():
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+
+
 def test_an_unknown_model_names_the_nearest_one(compared):
     _, again = compared
     done = again("models=[dcn]")
@@ -78,23 +99,35 @@ def test_an_unknown_model_names_the_nearest_one(compared):
     )
 
 
-COMPARISONS = compose(name="compare")["comparisons"]
-
-
-@pytest.mark.parametrize(
-    ("comparison", "model"), [(name, model) for name, content in COMPARISONS.items() for model in content["models"]]
-)
-def test_every_model_of_the_comparisons_can_be_made(comparison, model, monkeypatch):
+@pytest.mark.parametrize("comparison", compose(name="compare")["comparisons"])
+def test_every_model_of_the_comparisons_can_be_made(comparison, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "jobs")
-    flat = importlib.import_module("compare").flat
-    content, config = COMPARISONS[comparison], compose(name="compare")
-    assert content["baseline"] in content["models"]
-    for data in content["sets"].values():
-        overrides = [*config["all_runs"], *data["overrides"], *flat(content["models"][model]), *config["trials"][-1]]
-        found = compose(overrides)
-        validate(TrainSettings, found["train"], "train")
+    contests = importlib.import_module("compare").contests
+    sources = {"online_retail": "folder", "amazon_beauty": "folder"}
     history = Sequence("history", (SequenceFeature("events", "c0", encoding="index"),), max_length=5)
     schema = criteo_shaped_schema()
     items = tuple(dataclasses.replace(feature, side="item") for feature in schema.sparse)
-    schema = dataclasses.replace(schema, sparse=items, sequences=(history,))
-    instantiate(found["model"], schema=schema, seed=0, device="meta")
+    labels = (*schema.labels, Label("click"), Label("click_and_conversion"))
+    schema = dataclasses.replace(schema, sparse=items, sequences=(history,), labels=labels)
+    for contest in contests(compose(name="compare") | {"comparison": comparison, "sources": sources}):
+        for overrides in contest.models.values():
+            found = compose([*contest.overrides, *overrides, *contest.trials[-1]])
+            validate(TrainSettings, found["train"], "train")
+            instantiate(found["model"], schema=schema, seed=0, device="meta")
+
+
+def test_a_set_may_add_overrides_and_models(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "jobs")
+    contests = importlib.import_module("compare").contests
+    given = {"task": "label", "overrides": [], "models": {"dlrm": ["model.dropout=0.1"], "esmm": ["model=esmm"]}}
+    made = {
+        "baseline": "dcnv2",
+        "sets": {"made": given},
+        "models": {"dcnv2": ["model=dcnv2"], "dlrm": [["model=dlrm", "seed=1"]]},
+    }
+    (contest,) = contests(compose(name="compare") | {"comparisons": {"one": made}})
+    assert contest.models == {
+        "dcnv2": ["model=dcnv2"],
+        "dlrm": ["model=dlrm", "seed=1", "model.dropout=0.1"],
+        "esmm": ["model=esmm"],
+    }
