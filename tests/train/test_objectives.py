@@ -109,13 +109,10 @@ DROPPED = [
     "objective.perturbation.id_drop=0.9999999",
 ]
 RANKED = ["objective.value.factors=[click]", "objective.bid=u", "objective.rank_weight=0.5"]
-RANKED = ["objective.value.factors=[click]", "objective.bid=u", "objective.rank_weight=0.5"]
 OBJECTIVES = {
     "ukdsl": ["objective=ukdsl", TEACHER, "objective.sampling_weight=u", "objective.labeled_share=0.3"],
     "corrected": ["objective=ukdsl", TEACHER, "objective.teacher_rank=rank", "objective.rank_buckets=[1,3]"],
     "listwise": ["objective=ukdsl", TEACHER, "objective.loss=listwise", "data.keep_groups_whole=true"],
-    "early_stage": ["objective=early_stage", TEACHER],
-    "ranked": ["objective=early_stage", TEACHER, *RANKED, "data.keep_groups_whole=true"],
     "early_stage": ["objective=early_stage", TEACHER],
     "ranked": ["objective=early_stage", TEACHER, *RANKED, "data.keep_groups_whole=true"],
     "scr": ["objective=scr", "objective.lambda_=5", "objective.unlabeled=true", *MASKED],
