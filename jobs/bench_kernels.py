@@ -116,8 +116,6 @@ def main() -> None:
     options = parser.parse_args()
     sizes = QUICK if options.quick else FULL
     sizes = dataclasses.replace(sizes, rounds=1, batch_size=QUICK.batch_size if options.quick else BATCH_ROWS)
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
     torch.set_num_threads(THREADS)
     with tempfile.TemporaryDirectory(prefix="bench") as runs:
         found = measure(sizes, Path(runs))
@@ -130,4 +128,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)  # TorchRec warns of every table
+    warnings.simplefilter("ignore")
     main()

@@ -175,8 +175,6 @@ def main() -> None:
     if unknown := set(names) - known.keys():
         parser.error(f"no model {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     sizes = QUICK if options.quick else FULL
-    logging.disable(logging.WARNING)  # TorchRec warns of every table
-    warnings.simplefilter("ignore")
     torch.set_num_threads(THREADS)
     console = Console(width=None if sys.stdout.isatty() else 180)
     about, found = bench_result.machine() | {"settings": asdict(sizes)}, []
@@ -194,4 +192,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)  # TorchRec warns of every table
+    warnings.simplefilter("ignore")
     main()
