@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from raysys.errors import UserError
 from raysys.models.heads import TaskTowers
 from raysys.models.ranking.base import RankingModel
 from raysys.nn.collectives import global_sum, world_size
@@ -153,9 +152,3 @@ def _takes_an_input_per_task(model: Ranker) -> bool:
     if not isinstance(model, RankingModel) or type(model).predict is not RankingModel.predict:
         return False
     return isinstance(model.towers, TaskTowers) and model.towers.parts == 1
-
-
-def check_key(key: str, value: Any, holds: bool, expected: str) -> None:
-    """Raise UserError unless the value of a key of the objective's config is as expected."""
-    if not holds:
-        raise UserError(f"objective.{key} is {value}", f"{expected} is expected")

@@ -11,7 +11,7 @@ from torch import Tensor
 from raysys.errors import UserError, nearest
 from raysys.nn.collectives import global_sum, world_size
 from raysys.nn.fusion import peer_distance, peer_divergence
-from raysys.objectives.supervised import Ranker, Supervised, or_one
+from raysys.objectives.supervised import Ranker, Supervised, check_key, or_one
 from raysys.schema import FeatureSchema
 
 if TYPE_CHECKING:
@@ -48,11 +48,9 @@ class Collaborative(Supervised):
         embedding_l2: float = 0.0,
     ) -> None:
         super().__init__(schema, task_weights=task_weights, embedding_l2=embedding_l2)
-        if not peer_weight >= 0:
-            raise UserError(f"objective.peer_weight is {peer_weight}", "a number of at least 0 is expected")
+        check_key("peer_weight", peer_weight, peer_weight >= 0, "a number of at least 0")
         for key, value in (("fused_share", fused_share), ("ramp", ramp)):
-            if not 0 <= value <= 1:
-                raise UserError(f"objective.{key} is {value}", "a number from 0 to 1 is expected")
+            check_key(key, value, 0 <= value <= 1, "a number from 0 to 1")
         if kl_mode not in KL_MODES:
             raise UserError(f"unknown objective.kl_mode {kl_mode!r}", nearest(kl_mode, KL_MODES))
         self.fused_share, self.peer_weight, self.ramp, self.kl_mode = fused_share, peer_weight, ramp, kl_mode

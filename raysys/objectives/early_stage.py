@@ -13,8 +13,7 @@ from raysys.errors import UserError, nearest
 from raysys.models.value import Value
 from raysys.nn.collectives import global_sum, world_size
 from raysys.nn.listwise import deviation_within, listwise_cross_entropy
-from raysys.objectives.perturbed_rows import check_number
-from raysys.objectives.supervised import Ranker, Supervised, or_one
+from raysys.objectives.supervised import Ranker, Supervised, check_key, or_one
 from raysys.objectives.ukdsl import check_columns
 from raysys.schema import FeatureSchema
 
@@ -66,10 +65,10 @@ class EarlyStageLoss(Supervised):
         for task, share in shares.items():
             if task not in self.teachers:
                 raise UserError(f"objective.soft_share: {task!r} has no teacher", nearest(task, self.teachers))
-            check_number(f"soft_share.{task}", share, 0 <= share <= 1, "of 0 to 1")
+            check_key(f"soft_share.{task}", share, 0 <= share <= 1, "a number of 0 to 1")
         self.soft_share = [float(shares[task]) for task in self.teachers]
-        check_number("rank_weight", rank_weight, rank_weight >= 0, "of at least 0")
-        check_number("temperature", temperature, temperature > 0, "above 0")
+        check_key("rank_weight", rank_weight, rank_weight >= 0, "a number of at least 0")
+        check_key("temperature", temperature, temperature > 0, "a number above 0")
         if rank_weight > 0:
             _check_ranking(schema, value, bid, self.teachers)
         self.value, self.bid, self.rank_weight, self.temperature = value, bid, rank_weight, temperature

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from raysys.errors import UserError, nearest
 from raysys.objectives import rules
-from raysys.objectives.balance import ROUNDING, Balanced, check_key
-from raysys.objectives.supervised import Ranker, Supervised
+from raysys.objectives.balance import ROUNDING, Balanced
+from raysys.objectives.supervised import Ranker, Supervised, check_key
 from raysys.schema import FeatureSchema
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from raysys.errors import UserError, nearest
 from raysys.models.outputs import Embedded, Output
 from raysys.nn.collectives import global_sum, world_size
 from raysys.objectives.id_drop import COPIED
-from raysys.objectives.perturbed_rows import Perturbation, check_number, first_rows, joined, map_rows
-from raysys.objectives.supervised import Ranker, Supervised, TaskLosses, or_one
+from raysys.objectives.perturbed_rows import Perturbation, first_rows, joined, map_rows
+from raysys.objectives.supervised import Ranker, Supervised, TaskLosses, check_key, or_one
 from raysys.schema import FeatureSchema
 
 if TYPE_CHECKING:
@@ -98,8 +98,6 @@ class SCR(PerturbedSupervised):
     regularisation, none was seen in the paper.
     """
 
-    binary: Tensor
-
     def __init__(
         self,
         schema: FeatureSchema,
@@ -112,13 +110,11 @@ class SCR(PerturbedSupervised):
         task_weights: Mapping[str, float] | None = None,
         embedding_l2: float = 0.0,
     ) -> None:
-        check_number("lambda_", lambda_, lambda_ >= 0, "of at least 0")
+        check_key("lambda_", lambda_, lambda_ >= 0, "a number of at least 0")
         if kind not in get_args(Consistency):
             raise UserError(f"objective.kind is {kind!r}", nearest(kind, get_args(Consistency)))
         super().__init__(schema, lambda_, perturbation, task_weights, embedding_l2)
         self.kind, self.detach_clean, self.unlabeled = kind, detach_clean, unlabeled
-        binary = torch.tensor([label.kind == "binary" for label in schema.labels])
-        self.register_buffer("binary", binary, persistent=False)
 
     def with_copies(
         self, losses: TaskLosses, clean: Tensor, copies: Tensor, batch: Batch, rows: Tensor
@@ -168,8 +164,11 @@ class LSPR(PerturbedSupervised):
         if balance not in get_args(Balance):
             raise UserError(f"objective.balance is {balance!r}", nearest(balance, get_args(Balance)))
         convex = balance == "convex"
-        check_number(
-            "alpha", alpha, 0 <= alpha <= (1 if convex else math.inf), "of 0 to 1" if convex else "of at least 0"
+        check_key(
+            "alpha",
+            alpha,
+            0 <= alpha <= (1 if convex else math.inf),
+            "a number of 0 to 1" if convex else "a number of at least 0",
         )
         super().__init__(schema, alpha, perturbation, task_weights, embedding_l2)
         self.balance, self.balance_groups = balance, balance_groups

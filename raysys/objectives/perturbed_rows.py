@@ -15,6 +15,7 @@ from raysys.models.outputs import Embedded, Output
 from raysys.nn.collectives import global_sum, rank
 from raysys.nn.random import hash64
 from raysys.objectives.id_drop import with_copies
+from raysys.objectives.supervised import check_key
 from raysys.schema import DenseFeature, FeatureSchema, SparseFeature
 from raysys.schema import Sequence as SequenceSchema
 
@@ -58,12 +59,14 @@ class Perturbation(nn.Module):
         row_fraction: float = 1.0,
     ) -> None:
         super().__init__()
-        check_number("perturbation.feature_mask", feature_mask, 0 <= feature_mask < 1, "of at least 0 and below 1")
-        check_number("perturbation.dense_noise", dense_noise, dense_noise >= 0, "of at least 0")
-        check_number("perturbation.emb_noise", emb_noise, emb_noise >= 0, "of at least 0")
-        check_number("perturbation.history_crop", history_crop, 0 <= history_crop <= 1, "of 0 to 1")
-        check_number("perturbation.id_drop", id_drop, 0 <= id_drop < 1, "of at least 0 and below 1")
-        check_number("perturbation.row_fraction", row_fraction, 0 < row_fraction <= 1, "above 0 and at most 1")
+        check_key(
+            "perturbation.feature_mask", feature_mask, 0 <= feature_mask < 1, "a number of at least 0 and below 1"
+        )
+        check_key("perturbation.dense_noise", dense_noise, dense_noise >= 0, "a number of at least 0")
+        check_key("perturbation.emb_noise", emb_noise, emb_noise >= 0, "a number of at least 0")
+        check_key("perturbation.history_crop", history_crop, 0 <= history_crop <= 1, "a number of 0 to 1")
+        check_key("perturbation.id_drop", id_drop, 0 <= id_drop < 1, "a number of at least 0 and below 1")
+        check_key("perturbation.row_fraction", row_fraction, 0 < row_fraction <= 1, "a number above 0 and at most 1")
         features: tuple[DenseFeature | SparseFeature | SequenceSchema, ...] = (
             *schema.dense,
             *schema.sparse,
@@ -210,12 +213,6 @@ def first_rows(output: Output, count: int, total: int) -> Output:
         members={name: first_rows(member, count, total) for name, member in output.members.items()},
         extra={name: value[:count] if value.shape[:1] == (total,) else value for name, value in output.extra.items()},
     )
-
-
-def check_number(key: str, value: float, fits: bool, expected: str) -> None:
-    """UserError that names the key of the objective, unless the value fits."""
-    if not fits:
-        raise UserError(f"objective.{key} is {value}", f"a number {expected} is expected")
 
 
 def _default(feature: DenseFeature) -> float:

@@ -56,8 +56,7 @@ class Supervised(nn.Module):
         self, schema: FeatureSchema, *, task_weights: Mapping[str, float] | None = None, embedding_l2: float = 0.0
     ) -> None:
         super().__init__()
-        if embedding_l2 < 0:
-            raise UserError(f"objective.embedding_l2 is {embedding_l2}", "a number of at least 0 is expected")
+        check_key("embedding_l2", embedding_l2, embedding_l2 >= 0, "a number of at least 0")
         self.labels, self.embedding_l2 = schema.labels, embedding_l2
         self.task_weights = _check_weights(schema, task_weights or {})
         self.factors: Tensor
@@ -104,6 +103,12 @@ class Supervised(nn.Module):
         """The loss of each row and task [B, T]: cross-entropy in nats or squared error."""
         rows = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
         return torch.where(self.binary, rows, (logits - labels).square()) if self._has_regression else rows
+
+
+def check_key(key: str, value: Any, holds: bool, expected: str) -> None:
+    """Raise UserError unless the value of a key of the objective's config is as expected."""
+    if not holds:
+        raise UserError(f"objective.{key} is {value}", f"{expected} is expected")
 
 
 def squared_norms(embedded: Embedded) -> Tensor:

@@ -14,8 +14,7 @@ from raysys.nn.collectives import global_sum, world_size
 from raysys.nn.listwise import listwise_cross_entropy
 from raysys.nn.mlp import MLP, linear
 from raysys.nn.random import seeded
-from raysys.objectives.perturbed_rows import check_number
-from raysys.objectives.supervised import Ranker, Supervised, or_one
+from raysys.objectives.supervised import Ranker, Supervised, check_key, or_one
 from raysys.objectives.teacher_shift import TeacherShift
 from raysys.schema import FeatureSchema
 
@@ -83,9 +82,9 @@ class UKDSL(Supervised):
         ):
             if value not in options:
                 raise UserError(f"objective.{key} is {value!r}", nearest(value, options))
-        check_number("labeled_share", labeled_share, 0 <= labeled_share <= 1, "of 0 to 1")
-        check_number("unlabeled_weight", unlabeled_weight, unlabeled_weight >= 0, "of at least 0")
-        check_number("temperature", temperature, temperature > 0, "above 0")
+        check_key("labeled_share", labeled_share, 0 <= labeled_share <= 1, "a number of 0 to 1")
+        check_key("unlabeled_weight", unlabeled_weight, unlabeled_weight >= 0, "a number of at least 0")
+        check_key("temperature", temperature, temperature > 0, "a number above 0")
         if loss == "listwise" and (schema.group_id is None or labeled_share > 0):
             raise UserError(
                 f"objective.loss=listwise needs a group_id in {schema.source}, and labeled_share 0",

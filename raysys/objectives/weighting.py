@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from raysys.errors import UserError, nearest
 from raysys.objectives import rules
-from raysys.objectives.balance import ROUNDING, Balanced, check_key
-from raysys.objectives.supervised import Supervised, TaskLosses
+from raysys.objectives.balance import ROUNDING, Balanced
+from raysys.objectives.supervised import Supervised, TaskLosses, check_key
 from raysys.schema import FeatureSchema
 
 NORMALIZATIONS = ("none", "l2", "loss", "loss+")
