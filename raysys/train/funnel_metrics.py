@@ -9,10 +9,13 @@ recall" (Wang et al. 2023, arXiv 2307.11096, describe it in words) is ours. What
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from raysys.errors import UserError
+from raysys.train.selection import places
 
 Floats = NDArray[np.float64]
 
@@ -73,11 +76,7 @@ def _top_shares(
     start = (
         np.flatnonzero(np.concatenate([[True], groups[1:] != groups[:-1]])) if len(groups) else np.empty(0, np.int64)
     )
-    number = np.repeat(np.arange(len(start)), np.diff(np.append(start, len(groups))))
-    first = start[number]
-    wanted, kept = (
-        _in_top(np.asarray(score, np.float64)[order], number, first, m) for score, m in ((final, k), (early, n))
-    )
+    wanted, kept = (_in_top(np.asarray(score, np.float64)[order], groups, m) for score, m in ((final, k), (early, n)))
     return wanted, kept, start
 
 
@@ -85,15 +84,7 @@ def _order(request: ArrayLike) -> NDArray[np.int64]:
     return np.argsort(np.asarray(request), kind="stable")
 
 
-def _in_top(score: Floats, number: NDArray[np.int64], first: NDArray[np.int64], n: int) -> Floats:
+def _in_top(score: Floats, request: NDArray[Any], n: int) -> Floats:
     """[R] the chance of each row to be among the `n` best of its request; NaN where its score is."""
-    order = np.lexsort((-score, number))
-    sorted_score, sorted_number = score[order], number[order]
-    new = np.concatenate([[True], (sorted_score[1:] != sorted_score[:-1]) | (sorted_number[1:] != sorted_number[:-1])])
-    start = np.flatnonzero(new[: len(score)])
-    size = np.diff(np.append(start, len(score)))
-    above = start - first[start]  # rows of the request with a higher score
-    share = np.empty(len(score))
-    share[order] = np.repeat(np.clip((n - above) / size, 0, 1), size)
-    share[np.isnan(score)] = np.nan
-    return share
+    above, tied = places(score, request)
+    return np.where(np.isnan(score), np.nan, np.clip((n - above) / tied, 0, 1))

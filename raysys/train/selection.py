@@ -22,7 +22,7 @@ def calibration_by_depth(
     that is right on average is too high for what it ranks first, the more the noisier it is (the winner's curse).
     """
     p, r, w = (np.asarray(values, np.float64) for values in (prediction, reference, weight))
-    above, tied = _places(p, np.asarray(request))
+    above, tied = places(p, np.asarray(request))
     largest, found = (above + tied).max(initial=0), []
     for depth in (*(depth for depth in DEPTHS if depth < largest), None):
         share = np.ones(len(p)) if depth is None else np.clip((depth - above) / tied, 0, 1)
@@ -33,7 +33,7 @@ def calibration_by_depth(
     return found
 
 
-def _places(score: NDArray[np.float64], request: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def places(score: NDArray[np.float64], request: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """[R] rows of the same request with a higher score, and those with the same score, the row itself included."""
     order = np.lexsort((-score, request))
     sorted_score, sorted_request = score[order], request[order]
