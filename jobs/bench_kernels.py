@@ -86,10 +86,9 @@ def record(worker: Worker, prepared: Prepared, steps: int) -> dict[str, dict[str
 def measure(sizes: Sizes, runs: Path) -> dict[str, dict[str, Any]]:
     """By form of model and part of the step: the shares, and the table of operators in milliseconds of a step."""
     found: dict[str, dict[str, Any]] = {}
+    instantiate(config_of("data", sizes, runs, [])["data"]["prepare"])  # all forms share it
     for place, (form, overrides) in enumerate(FORMS.items()):
-        config = config_of(f"form-{place}", sizes, runs, overrides)
-        instantiate(config["data"]["prepare"])
-        prepared = prepare(config)
+        prepared = prepare(config_of(f"form-{place}", sizes, runs, overrides))
         tables = launch(prepared.job, partial(record, prepared=prepared, steps=sizes.steps), lambda _: None, False)
         found[form] = {part: {"shares": shares(table), "milliseconds": table} for part, table in tables.items()}
     return found

@@ -86,10 +86,8 @@ def config_of(name: str, sizes: Sizes, runs: Path, overrides: list[str]) -> Conf
 
 
 def measure(name: str, sizes: Sizes, runs: Path, overrides: list[str]) -> dict[str, Any]:
-    """One row of the table."""
-    config = config_of(name, sizes, runs, overrides)
-    instantiate(config["data"]["prepare"])
-    prepared = prepare(config)
+    """One row of the table; the data set is there."""
+    prepared = prepare(config_of(name, sizes, runs, overrides))
     turns = train_in_turns(prepared, sizes.steps, sizes.rounds)
     facts = prepared.facts
     row = {"model": name, "overrides": overrides, "dense_parameters": facts["parameters"]["dense"]}
@@ -181,6 +179,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "rankers.json"
     with tempfile.TemporaryDirectory(prefix="bench") as runs:
+        instantiate(config_of("data", sizes, Path(runs), [])["data"]["prepare"])  # all models share it
         for name in names:
             console.print(f"measuring {name}")
             found.append(measure(name, sizes, Path(runs), known[name]))

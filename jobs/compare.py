@@ -11,7 +11,6 @@ import json
 import multiprocessing
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from raysys.config import Config, compose, instantiate, run_job
 from raysys.errors import UserError, nearest
+from raysys.machine import commit_here
 from raysys.report.compare import compare
 from raysys.report.results import Run, chosen_trial, read_runs, write_page
 from raysys.strict_json import to_plain
@@ -150,7 +150,7 @@ def train_once(contest: Contest, model: str, baseline: str, trial: int, seed: in
         trial=trial,
         seed=seed,
         overrides=[*contest.models[model], *contest.trials[trial]],
-        commit=_commit(),
+        commit=commit_here(),
         steps=record["step"],
         seconds=record["finished"] - record["started"],
         rows_per_second=record["step"] * config["train"]["batch_size"] / cpu_seconds,
@@ -184,11 +184,6 @@ def _versus(contest: Contest, folder: Path, baseline: str, seed: int) -> dict[st
         if row.split == "test" and row.difference is not None and row.low is not None and row.high is not None:
             versus.setdefault(row.task, {})[row.metric] = [row.difference, row.low, row.high]
     return versus
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip()
 
 
 if __name__ == "__main__":

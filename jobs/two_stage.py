@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-import subprocess
 import sys
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -23,9 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raysys.config import Config, compose, instantiate, run_job
-from raysys.data.prepare.dataset import prepare_folder, write_table
+from raysys.data.prepare.dataset import SPLITS, prepare_folder, write_table
 from raysys.data.prepare.traffic import Traffic, candidate_rows, draw_requests, read_impressions
 from raysys.errors import UserError, nearest
+from raysys.machine import commit_here
 from raysys.models.value import Value
 from raysys.schema import ExtraColumn, FeatureSchema
 from raysys.strict_json import to_plain
@@ -168,7 +168,7 @@ def write_early_log(experiment: Experiment, final: Path) -> None:
     def write(partial: Path) -> None:
         empty = [*(f"final_{task}" for task in tasks), "bid"]
         parts = {}
-        for split in ("train", "valid", "test"):
+        for split in SPLITS:
             rows = pq.read_table(log / f"{split}.parquet")
             for name in empty:
                 rows = rows.append_column(name, pa.nulls(len(rows), pa.float32()))
@@ -250,10 +250,9 @@ def seconds(run_folder: Path) -> float:
 def write_record(experiment: Experiment, final: Path, figures: dict[str, Any]) -> None:
     """What was run on what, and all figures."""
     config, record = experiment.config, read_record(final) or {}
-    commit = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True).stdout.strip()
     content = {
         "command": shlex.join(["python", *sys.argv]),
-        "commit": commit,
+        "commit": commit_here(),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "set": experiment.name,
         **{key: config[key] for key in ("requests", "k", "n", "all_runs", "final", "early", "methods")},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -54,6 +55,12 @@ def memory_limit(path: Path = Path("/sys/fs/cgroup/memory.max")) -> int | None:
     """The memory limit of this container in bytes; None where there is none."""
     text = path.read_text().strip() if path.exists() else "max"
     return int(text) if text.isdigit() else None
+
+
+def commit_here() -> str:
+    """The commit of the working directory, for records of experiments; empty outside of a repository."""
+    done = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def check_ray(environment: Mapping[str, str], home: Path) -> list[Finding]:

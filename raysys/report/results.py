@@ -97,9 +97,10 @@ included, so that what else the machine does counts little."""
 
 def selected(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """By model the runs of its chosen trial, one a seed; the baseline first."""
+    best = {model: chosen_trial(runs, model) for model in {run.model for run in runs}}
     found: dict[str, list[Run]] = {}
     for run in sorted(runs, key=lambda run: run.model != run.baseline):  # stable: otherwise in the order of the records
-        if run.trial == chosen_trial(runs, run.model):
+        if run.trial == best[run.model]:
             found.setdefault(run.model, []).append(run)
     return found
 
