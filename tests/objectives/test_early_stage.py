@@ -213,31 +213,16 @@ def test_the_ranking_part_reads_scored_rows_of_whole_requests():
     assert torch.equal(gradient[:IMPRESSIONS], without[:IMPRESSIONS])
 
 
-def test_two_ranks_average_to_the_gradient_of_the_joint_batch(monkeypatch):
-    def build() -> EarlyStageLoss:
-        return EarlyStageLoss(SCHEMA, teachers=TEACHERS, task_weights={"click": 3.0}, **RANKING)
-
-    def part(places: slice) -> SimpleNamespace:
-        columns = {name: value[places] for name, value in vars(rows()).items() if name != "extra"}
-        return SimpleNamespace(**columns, extra={name: value[places] for name, value in rows().extra.items()})
+def test_two_ranks_average_to_the_gradient_of_the_joint_batch(monkeypatch, as_two_ranks):
+    def step(batch: SimpleNamespace):
+        return run(EarlyStageLoss(SCHEMA, teachers=TEACHERS, task_weights={"click": 3.0}, **RANKING), batch)
 
     def patch(name: str, function) -> None:
         for module in ("objectives.supervised", "objectives.early_stage", "nn.listwise"):
             monkeypatch.setattr(f"raysys.{module}.{name}", function)
 
-    expected = run(build(), rows())
-    halves, sums = [part(slice(0, IMPRESSIONS + 5)), part(slice(IMPRESSIONS + 5, None))], []
-    for half in halves:  # what each rank would contribute to each sum
-        calls: list[Tensor] = []
-        patch("global_sum", lambda value, calls=calls: calls.append(value.detach()) or value.detach())
-        run(build(), half)
-        sums.append(calls)
-    totals, results = [sum(values) for values in zip(*sums, strict=True)], []
-    patch("world_size", lambda: 2)
-    for half in halves:
-        left = iter(totals)
-        patch("global_sum", lambda value, left=left: next(left))
-        results.append(run(build(), half))
+    expected = step(rows())
+    results = as_two_ranks(step, rows(), IMPRESSIONS + 5, patch)
     torch.testing.assert_close((results[0][0] + results[1][0]) / 2, expected[0])
     for place in (1, 2):  # gradients and parts
         for name, value in expected[place].items():

@@ -252,31 +252,16 @@ def test_unlabelled_rows_change_neither_the_labelled_parts_nor_the_metrics():
     ],
     ids=["shared", "aux", "listwise", "corrected"],
 )
-def test_two_ranks_average_to_the_gradient_of_the_joint_batch(keys, monkeypatch):
-    def build() -> UKDSL:
-        return UKDSL(SCHEMA, teachers=TEACHERS, sampling_weight="u", unlabeled_weight=0.7, **keys)
-
-    def part(places: slice) -> SimpleNamespace:
-        columns = {name: value[places] for name, value in vars(rows()).items() if name != "extra"}
-        return SimpleNamespace(**columns, extra={name: value[places] for name, value in rows().extra.items()})
+def test_two_ranks_average_to_the_gradient_of_the_joint_batch(keys, monkeypatch, as_two_ranks):
+    def step(batch: SimpleNamespace):
+        return run(UKDSL(SCHEMA, teachers=TEACHERS, sampling_weight="u", unlabeled_weight=0.7, **keys), batch)
 
     def patch(name: str, function) -> None:
         for module in ("objectives.supervised", "objectives.ukdsl", "objectives.teacher_shift", "nn.listwise"):
             monkeypatch.setattr(f"raysys.{module}.{name}", function, raising=name == "global_sum")
 
-    expected_loss, expected, expected_parts = run(build(), rows())
-    halves, sums = [part(slice(0, 13)), part(slice(13, 53))], []
-    for half in halves:  # what each rank would contribute to each sum
-        calls: list[Tensor] = []
-        patch("global_sum", lambda value, calls=calls: calls.append(value.detach()) or value.detach())
-        run(build(), half)
-        sums.append(calls)
-    totals, results = [sum(values) for values in zip(*sums, strict=True)], []
-    patch("world_size", lambda: 2)
-    for half in halves:
-        left = iter(totals)
-        patch("global_sum", lambda value, left=left: next(left))
-        results.append(run(build(), half))
+    expected_loss, expected, expected_parts = step(rows())
+    results = as_two_ranks(step, rows(), 13, patch)
     torch.testing.assert_close((results[0][0] + results[1][0]) / 2, expected_loss)
     for name, value in expected.items():
         torch.testing.assert_close((results[0][1][name] + results[1][1][name]) / 2, value)
@@ -284,24 +269,11 @@ def test_two_ranks_average_to_the_gradient_of_the_joint_batch(keys, monkeypatch)
         torch.testing.assert_close((results[0][2][name] + results[1][2][name]) / 2, value)
 
 
-def fit(model: nn.Module, objective: nn.Module, batch) -> None:
-    """To the optimum of a convex loss."""
-    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=100, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = objective(model, batch, model.embed(batch))[0]
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-
-
-def test_a_student_recovers_a_logistic_teacher_from_unlabelled_rows():
+def test_a_student_recovers_a_logistic_teacher_from_unlabelled_rows(fit_convex):
     batch, truth = rows(labeled=0, unlabeled=5000, padding=0), torch.linspace(-1, 1, WIDTH)
     batch.extra["teacher_click"] = (batch.dense @ truth - 0.5).sigmoid()
     model = Student(hidden=None)
-    fit(model, UKDSL(SCHEMA, teachers={"click": "teacher_click"}), batch)
+    fit_convex(model, UKDSL(SCHEMA, teachers={"click": "teacher_click"}), batch)
     assert float((model.head.weight[0] - truth).norm() / truth.norm()) < 0.02
     assert float(model.head.bias[0]) == pytest.approx(-0.5, abs=0.02)
 

@@ -70,6 +70,9 @@ class Logistic(nn.Module):
         super().__init__()
         self.head = nn.Linear(12, 1)
 
+    def embed(self, batch) -> Embedded:
+        return Embedded(torch.zeros(len(batch.dense), 0, 1), (), {}, batch.dense)
+
     def interact(self, embedded: Embedded) -> Tensor:
         return embedded.dense
 
@@ -77,27 +80,11 @@ class Logistic(nn.Module):
         return Output(self.head(shared), shared, shared[:, None])
 
 
-def fit(batch) -> Logistic:
-    """The optimum of its convex loss."""
-    model, objective = Logistic(), UKDSL(SCHEMA, teachers={"click": "final_click"})
-    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=100, line_search_fn="strong_wolfe")
-    embedded = Embedded(torch.zeros(len(batch.dense), 0, 1), (), {}, batch.dense)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = objective(model, batch, embedded)[0]
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return model
-
-
-def test_simulation_b_distillation_finds_more_of_the_final_top_and_is_calibrated(record_figure):
+def test_simulation_b_distillation_finds_more_of_the_final_top_and_is_calibrated(record_figure, fit_convex):
     recall: dict[str, list[float]] = {"impressions": [], "distilled": []}
     calibration: dict[str, list[float]] = {"impressions": [], "distilled": []}
     for seed in range(5):
-        for name, (found, predicted_over_true) in two_stages(seed).items():
+        for name, (found, predicted_over_true) in two_stages(seed, fit_convex).items():
             recall[name].append(found)
             calibration[name].append(predicted_over_true)
             record_figure(f"{name}_recall", found, seed=seed)
@@ -109,7 +96,7 @@ def test_simulation_b_distillation_finds_more_of_the_final_top_and_is_calibrated
     assert calibration["distilled"] == pytest.approx([1] * 5, abs=0.05)
 
 
-def two_stages(seed: int) -> dict[str, tuple[float, float]]:
+def two_stages(seed: int, fit_convex) -> dict[str, tuple[float, float]]:
     """Recall@(5,10) and calibration over all candidates of a student of impressions, and of one of final-stage scores."""
     random = torch.Generator().manual_seed(seed)
     click, quality = torch.randn(24, generator=random), torch.randn(24, generator=random)
@@ -127,7 +114,8 @@ def two_stages(seed: int) -> dict[str, tuple[float, float]]:
     distilled = student_rows(gather(seen[train], kept), None, gather(p[train], kept))
     results = {}
     for name, batch in (("impressions", impressions), ("distilled", distilled)):
-        model = fit(batch)
+        model = Logistic()
+        fit_convex(model, UKDSL(SCHEMA, teachers={"click": "final_click"}), batch)
         with torch.no_grad():
             predicted = model.head(seen[1000:])[..., 0].sigmoid()
         calibration = float(predicted.sum() / p[1000:].sum())
