@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -12,7 +9,6 @@ from raysys.config import compose
 from raysys.errors import UserError
 from raysys.train.record import read_record
 
-JOB = Path(__file__).parents[2] / "jobs" / "ablate_cetnet.py"
 SMALL = [
     "data=tiny",
     "train.batch_size=500",
@@ -30,11 +26,8 @@ ALONE = ["e_dhen_alone", "f_dhen", "e_dlrm_alone", "f_dlrm"]
 
 
 @pytest.fixture(scope="module")
-def job():
-    spec = importlib.util.spec_from_file_location("ablate_cetnet", JOB)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def job(jobs):
+    return jobs("ablate_cetnet")
 
 
 def test_every_ablation_is_trained_and_shown(job, tiny_configs, tmp_path, capsys, monkeypatch):

@@ -1,6 +1,5 @@
 """The bench at tiny sizes: its structure, and that the sides of a comparison do the same work. No timing is asserted."""
 
-import importlib
 import json
 import math
 import os
@@ -20,14 +19,6 @@ from raysys.models.flops import flops_per_row
 
 JOBS = Path(__file__).parents[2] / "jobs"
 BARE = JOBS / "bench_bare.py"
-
-
-@pytest.fixture(scope="module")
-def jobs():
-    """Import a file of jobs/, which a script has on its path and a test has not."""
-    sys.path.insert(0, str(JOBS))
-    yield importlib.import_module
-    sys.path.remove(str(JOBS))
 
 
 @pytest.fixture(scope="module")

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
-from pathlib import Path
-
-import torch
-
-JOBS = Path(__file__).parents[2] / "jobs"
 
 
-def test_every_objective_is_in_the_table(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(JOBS)
+def test_every_objective_is_in_the_table(monkeypatch, capsys, jobs):
     monkeypatch.setattr(sys, "argv", ["bench_balance.py", "--rows", "8", "--rounds", "1", "--tasks", "2", "9"])
-    threads = torch.get_num_threads()
-    importlib.import_module("bench_balance").main()
-    torch.set_num_threads(threads)
+    jobs("bench_balance").main()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| | towers, 2 tasks | towers, 9 tasks | mmoe, 2 tasks | mmoe, 9 tasks |"
     rows = {

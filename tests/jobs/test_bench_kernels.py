@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-JOBS = Path(__file__).parents[2] / "jobs"
 
 
 @pytest.fixture
-def bench(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(JOBS)
+def bench(monkeypatch, tmp_path, jobs):
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    yield importlib.import_module("bench_kernels")
-    torch.set_num_threads(threads)
+    return jobs("bench_kernels")
 
 
 def test_a_share_is_that_of_the_named_kernels_in_the_whole_step(bench):

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
-from pathlib import Path
-
-import torch
-
-JOBS = Path(__file__).parents[2] / "jobs"
 
 
-def test_every_form_is_measured_and_pruning_costs_less(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(JOBS)
+def test_every_form_is_measured_and_pruning_costs_less(tmp_path, monkeypatch, capsys, jobs):
     monkeypatch.setattr(sys, "argv", ["bench_latency.py", "--quick", "--out", str(tmp_path)])
-    threads = torch.get_num_threads()
-    importlib.import_module("bench_latency").main()
-    torch.set_num_threads(threads)
+    jobs("bench_latency").main()
     printed = capsys.readouterr().out
     rows = {row["model"]: row for row in json.loads((tmp_path / "latency.json").read_text())["rows"]}
     assert len(rows) == 8

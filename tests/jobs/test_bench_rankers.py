@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from raysys.config import instantiate
 from raysys.train.launch import launch
 from raysys.train.loop import TrainLoop
 from raysys.train.trainer import prepare
 
-JOBS = Path(__file__).parents[2] / "jobs"
-
 
 @pytest.fixture
-def bench(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(JOBS)
+def bench(monkeypatch, tmp_path, jobs):
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    yield importlib.import_module("bench_rankers")
-    torch.set_num_threads(threads)
+    return jobs("bench_rankers")
 
 
 def test_training_and_inference_of_the_chosen_models_are_in_the_table(bench, monkeypatch, capsys):
@@ -55,8 +48,8 @@ def test_every_model_of_the_configs_is_measured(bench):
 
 
 @pytest.mark.parametrize("name", ["mmoe", "cetnet"])
-def test_the_bare_loop_learns_what_raysys_learns(bench, tmp_path, name):
-    loops = importlib.import_module("bench_ranker_loops")
+def test_the_bare_loop_learns_what_raysys_learns(bench, jobs, tmp_path, name):
+    loops = jobs("bench_ranker_loops")
     sizes = dataclasses.replace(bench.QUICK, steps=4, rounds=1)
     overrides = [*bench.models()[name], "data.shuffle_rows=0", "train.log_every=1"]
     if name == "cetnet":

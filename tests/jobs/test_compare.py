@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import os
 import subprocess
@@ -100,9 +99,8 @@ def test_an_unknown_model_names_the_nearest_one(compared):
 
 
 @pytest.mark.parametrize("comparison", compose(name="compare")["comparisons"])
-def test_every_model_of_the_comparisons_can_be_made(comparison, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "jobs")
-    contests = importlib.import_module("compare").contests
+def test_every_model_of_the_comparisons_can_be_made(comparison, jobs):
+    contests = jobs("compare").contests
     sources = {"online_retail": "folder", "amazon_beauty": "folder"}
     history = Sequence("history", (SequenceFeature("events", "c0", encoding="index"),), max_length=5)
     schema = criteo_shaped_schema()
@@ -116,9 +114,8 @@ def test_every_model_of_the_comparisons_can_be_made(comparison, monkeypatch):
             instantiate(found["model"], schema=schema, seed=0, device="meta")
 
 
-def test_a_set_may_add_overrides_and_models(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "jobs")
-    contests = importlib.import_module("compare").contests
+def test_a_set_may_add_overrides_and_models(jobs):
+    contests = jobs("compare").contests
     given = {"task": "label", "overrides": [], "models": {"dlrm": ["model.dropout=0.1"], "esmm": ["model=esmm"]}}
     made = {
         "baseline": "dcnv2",

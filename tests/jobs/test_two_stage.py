@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -34,13 +32,8 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def job():
-    spec = importlib.util.spec_from_file_location("two_stage", ROOT / "jobs" / "two_stage.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["two_stage"] = module  # its dataclass looks itself up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["two_stage"]
+def job(jobs):
+    return jobs("two_stage")
 
 
 @pytest.fixture(scope="module")
