@@ -43,7 +43,9 @@ class Batch(Pipelineable):
         return self.dense.shape[0]
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
-        """A copy on `device`; a tensor that is there already is shared with it."""
+        """A copy on `device`; the batch itself where it is there already."""
+        if self.dense.device == device:
+            return self
         return self._map(lambda value: value.to(device=device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:

@@ -49,12 +49,8 @@ class Collator:
 
     def _sparse(self, parts: Sequence[Part], size: int) -> KeyedJaggedTensor:
         """The unweighted features; single ids are copied in blocks of all features: one by one is most of the work."""
-        num_rows = sum(stop - start for _, start, stop in parts)
-        ids = np.empty((len(self._single), num_rows), np.int64)  # [F, B]
-        row = 0
-        for rows, start, stop in parts:
-            ids[:, row : row + stop - start] = rows.ids[:, start:stop]
-            row += stop - start
+        none = np.empty((len(self._single), 0), np.int64)  # for a batch of nothing but padding
+        ids = np.concatenate([none, *(rows.ids[:, start:stop] for rows, start, stop in parts)], axis=1)  # [F, n]
         complete = bool(ids.min(initial=0) >= 0)
         keyed = _Keyed([feature.name for feature in self._schema.unweighted], size)
         for name in keyed.names:
@@ -91,8 +87,8 @@ class _Keyed:
 
     def add_single(self, ids: NDArray[np.int64], complete: bool) -> None:
         """At most one id per row: -1 where there is none, unless `complete`."""
-        present = ids >= 0
-        self._lengths[len(self._length_per_key), : len(ids)] = 1 if complete else present
+        present = True if complete else ids >= 0
+        self._lengths[len(self._length_per_key), : len(ids)] = present
         self._values.append(ids if complete else ids[present])
         self._length_per_key.append(len(self._values[-1]))
 
@@ -135,9 +131,8 @@ def _bags(names: list[str], parts: Sequence[Part], size: int, weighted: bool = F
 
 def _fill(pieces: list[NDArray[Any]], shape: tuple[int, ...], dtype: torch.dtype, fill: int) -> Tensor:
     tensor = torch.empty(shape, dtype=dtype)
-    array, row = tensor.numpy(), 0
-    for piece in pieces:
-        array[row : row + len(piece)] = piece
-        row += len(piece)
-    array[row:] = fill
+    array, rows = tensor.numpy(), sum(map(len, pieces))
+    if pieces:
+        np.concatenate(pieces, out=array[:rows])
+    array[rows:] = fill
     return tensor

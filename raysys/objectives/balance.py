@@ -74,7 +74,7 @@ class Balanced(Supervised, ABC):
         if not fan_out:
             direction = join(self._gradients(losses.per_task, inputs))
             loss = cast(Tensor, _Redirect.apply(loss, shared, direction))
-        loss, parts = self.add_up(loss, losses, embedded)
+        loss, parts = self.add_up(loss, losses, batch, embedded)
         # Views, not copies: who reads them after the backward pass sees what it has found.
         weights = {f"weight_{label.name}": self.weights[i] for i, label in enumerate(self.labels)}
         return loss, output, parts | weights | {"direction_norm": self.direction_norm}

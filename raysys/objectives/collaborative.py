@@ -77,7 +77,7 @@ class Collaborative(Supervised):
         peers = (share * self._peer_rows(means, logits)).sum(0)  # [T]
         per_task = self.fused_share * fused.per_task + (1 - self.fused_share) * members.mean(0)
         losses = fused._replace(per_task=per_task + self.peer_weight * self.ramped * peers)
-        loss, parts = self.add_up(self.weighted(losses), losses, embedded)
+        loss, parts = self.add_up(self.weighted(losses), losses, batch, embedded)
         with torch.no_grad():
             errors = means - batch.labels  # [M, B, T]
             parts |= self._by_task("fused", fused.per_task.detach())

@@ -90,7 +90,7 @@ class EarlyStageLoss(Supervised):
         share, places = rows.new_tensor(self.soft_share), torch.tensor(self.tasks, device=rows.device)
         change = share * (soft[0] - losses.per_task[places])
         mixed = losses._replace(per_task=losses.per_task.index_add(0, places, change))
-        loss, parts = self.add_up(self.weighted(mixed) + self.rank_weight * rank, losses, embedded)
+        loss, parts = self.add_up(self.weighted(mixed) + self.rank_weight * rank, losses, batch, embedded)
         for name, values in zip(("soft", "soft_bias"), soft.detach(), strict=True):
             parts |= {f"{task}_{name}": value for task, value in zip(self.teachers, values, strict=True)}
         return loss, output, parts | ({"rank": rank.detach()} if self.rank_weight > 0 else {})

@@ -70,7 +70,7 @@ class PerturbedSupervised(Supervised):
         losses = self.task_losses(output.logits, batch)
         clean, perturbed = whole.logits[:count].float(), whole.logits[count:]
         per_task, name, value = self.with_copies(losses, clean, perturbed, batch, rows)
-        loss, parts = self.add_up(self.weighted(losses._replace(per_task=per_task)), losses, embedded)
+        loss, parts = self.add_up(self.weighted(losses._replace(per_task=per_task)), losses, batch, embedded)
         return loss, output, parts | {name: self.weighted(losses._replace(per_task=value.detach()))}
 
     def augment(self, batch: Batch, seed: int) -> Batch:

@@ -29,15 +29,10 @@ class Ranker(Protocol):
 
 
 class TaskLosses(NamedTuple):
-    """per_task: [T], this rank's share of each task's loss. labelled: [T], the summed weight of all ranks' labelled rows.
-
-    counted: [B], 0 for this rank's rows of padding, else 1. num_rows: its sum over all ranks.
-    """
+    """per_task: [T], this rank's share of each task's loss. labelled: [T], the summed weight of all ranks' labelled rows."""
 
     per_task: Tensor
     labelled: Tensor
-    counted: Tensor
-    num_rows: Tensor
 
 
 class Supervised(nn.Module):
@@ -72,30 +67,29 @@ class Supervised(nn.Module):
         """
         output = model.predict(model.interact(embedded))
         losses = self.task_losses(output.logits, batch)
-        loss, parts = self.add_up(self.weighted(losses), losses, embedded)
+        loss, parts = self.add_up(self.weighted(losses), losses, batch, embedded)
         return loss, output, parts
 
     def task_losses(self, logits: Tensor, batch: Batch) -> TaskLosses:
         """Each task's mean loss over the joint batch, this rank's share of it (collective)."""
         rows = self._row_losses(logits.float(), batch.labels)  # [B, T]
         weight = batch.weight * batch.label_mask
-        counted = (batch.weight > 0).any(1).float()  # [B]
-        totals = global_sum(torch.cat([weight.sum(0), counted.sum()[None]]))  # [T + 1]
-        per_task = world_size() * (weight * rows).sum(0) / or_one(totals[:-1])  # [T]
-        return TaskLosses(per_task, totals[:-1], counted, totals[-1])
+        labelled = global_sum(weight.sum(0))  # [T]
+        return TaskLosses(world_size() * (weight * rows).sum(0) / or_one(labelled), labelled)
 
     def weighted(self, losses: TaskLosses) -> Tensor:
         """The sum over tasks of task weight times loss."""
         return (self.factors * losses.per_task).sum()
 
-    def add_up(self, loss: Tensor, losses: TaskLosses, embedded: Embedded) -> tuple[Tensor, dict[str, Tensor]]:
-        """The tasks' `loss` with the regulariser, and the parts."""
+    def add_up(
+        self, loss: Tensor, losses: TaskLosses, batch: Batch, embedded: Embedded
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The tasks' `loss` with the regulariser of the rows that are no padding, and the parts."""
         parts = {label.name: part for label, part in zip(self.labels, losses.per_task.detach().unbind(), strict=True)}
         if self.embedding_l2 > 0:
-            squares = (
-                losses.counted * squared_norms(embedded)
-            ).sum()  # not a matmul, which autocast would do in bfloat16
-            penalty = 0.5 * self.embedding_l2 * world_size() * squares / or_one(losses.num_rows)
+            counted = (batch.weight > 0).any(1).float()  # [B]
+            squares = (counted * squared_norms(embedded)).sum()  # not a matmul, which autocast would do in bfloat16
+            penalty = 0.5 * self.embedding_l2 * world_size() * squares / or_one(global_sum(counted.sum()))
             loss, parts["embedding_l2"] = loss + penalty, penalty.detach()
         return loss, parts
 

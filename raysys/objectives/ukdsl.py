@@ -118,7 +118,7 @@ class UKDSL(Supervised):
         output = model.predict(model.interact(embedded))
         losses = self.task_losses(output.logits, batch)
         if not self.tasks or (self.unlabeled_weight == 0 and self.labeled_share == 0):
-            loss, parts = self.add_up(self.weighted(losses), losses, embedded)
+            loss, parts = self.add_up(self.weighted(losses), losses, batch, embedded)
             return loss, output, parts
         teacher, spoke = self._teacher(batch)
         labeled = batch.label_mask[:, self.tasks]
@@ -134,7 +134,7 @@ class UKDSL(Supervised):
         if self.labeled_share > 0:
             change = self._labeled_change(own, teacher, spoke, batch) / or_one(losses.labelled[self.tasks])
             per_task = per_task.index_add(0, self._places(own), self.labeled_share * change)
-        loss, parts = self.add_up(self.weighted(losses._replace(per_task=per_task)), losses, embedded)
+        loss, parts = self.add_up(self.weighted(losses._replace(per_task=per_task)), losses, batch, embedded)
         for name, values in zip(("teacher", "teacher_bias"), means.detach(), strict=True):
             parts |= {f"{self.labels[task].name}_{name}": value for task, value in zip(self.tasks, values, strict=True)}
         return loss, output, parts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ class Verdict:
 class StepGuard:
     """One small all-reduce a step, awaited one step later, so that no rank leaves the others waiting in a collective.
 
+    What is reduced are the losses themselves: their sum over the ranks is not finite where one of them is not.
     The batch of the step under examination is kept, so that the offending one can be saved.
     """
 
@@ -34,12 +36,9 @@ class StepGuard:
     def submit(self, step: int, losses: dict[str, Tensor], stop: bool, batch: Batch) -> Verdict | None:
         """Start the agreement on `step` and return the verdict on the step before, if one is pending."""
         verdict = self.settle()
-        device = next(iter(losses.values())).device
-        stop_flag = torch.tensor([float(stop)], device=device)
-        not_finite = ~torch.isfinite(torch.stack(list(losses.values())))
-        flags = torch.cat([not_finite.float(), stop_flag])
-        work = dist.all_reduce(flags, async_op=True) if world_size() > 1 else None
-        self._pending = (step, tuple(losses), flags, work)
+        values = torch.stack([*losses.values(), torch.full_like(next(iter(losses.values())), stop)])
+        work = dist.all_reduce(values, async_op=True) if world_size() > 1 else None
+        self._pending = (step, tuple(losses), values, work)
         if verdict is None or not verdict.not_finite:
             self.batch = batch
         return verdict
@@ -48,10 +47,10 @@ class StepGuard:
         """Wait for the pending agreement and return its verdict."""
         if self._pending is None:
             return None
-        step, names, flags, work = self._pending
+        step, names, sums, work = self._pending
         self._pending = None
         if work is not None:
             work.wait()
-        values = flags.tolist()
-        not_finite = tuple(name for name, value in zip(names, values, strict=False) if value)
-        return Verdict(step, not_finite, bool(values[-1]))
+        *values, stop = sums.tolist()
+        not_finite = tuple(name for name, value in zip(names, values, strict=True) if not math.isfinite(value))
+        return Verdict(step, not_finite, stop > 0)

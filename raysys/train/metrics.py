@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from raysys.data.batch import Batch
 
 _PADDING = -1  # the example id of a row of padding
-_AUC_ROWS = 1 << 15
+_AUC_ROWS = 1 << 14
 _FOLD_ROWS = 1 << 17
 
 

@@ -104,6 +104,7 @@ class Optimizers:
         dense = [parameter for parameter in self._dense_parameters.values() if parameter.requires_grad]
         self._dense = settings.dense.build(dense) if dense else None
         self._clip_groups = clip_groups(self._dense_parameters, settings.clip)
+        self._rates: dict[str, float] = {}
         self._set_rates(0)
 
     def zero_grad(self) -> None:
@@ -124,6 +125,7 @@ class Optimizers:
     def set_step(self, step: int) -> None:
         """Go on with `step` as the next one: its learning rates, and the bias correction of fused Adam and LAMB."""
         self._fused.set_optimizer_step(step)
+        self._rates = {}  # whatever was loaded, all are handed over again
         self._set_rates(step)
 
     def learning_rates(self) -> dict[str, float]:
@@ -173,10 +175,13 @@ class Optimizers:
         return ShardedTensor._init_from_local_shards_and_global_metadata([], metadata)
 
     def _set_rates(self, step: int) -> None:
-        self._rates = {
+        rates = {
             name: settings.lr * settings.schedule.factor(step, self._total_steps)
             for name, settings in (("sparse", self._settings.sparse), ("dense", self._settings.dense))
         }
+        if rates == self._rates:
+            return  # handing a rate to fbgemm takes as long as a small kernel
+        self._rates = rates
         for optimizer, name in ((self._dense, "dense"), (self._twin, "sparse"), (self._fused, "sparse")):
             for group in optimizer.param_groups if optimizer is not None else ():
                 group["lr"] = self._rates[name]

@@ -77,7 +77,7 @@ def group_auc(
     y, s, w, g = y[keep], s[keep], w[keep], g[keep]
     if len(y) == 0:
         return GroupAuc(np.empty(0), np.empty(0))
-    order = np.argsort(s, kind="stable") if group is None else np.lexsort((s, g))
+    order = np.argsort(s) if group is None else np.lexsort((s, g))
     y, s, w, g = y[order], s[order], w[order], g[order]
     new_group = np.concatenate([[True], g[1:] != g[:-1]])
     ties = np.flatnonzero(new_group | np.concatenate([[True], s[1:] != s[:-1]]))  # where a run of equal scores starts

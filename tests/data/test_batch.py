@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -54,13 +56,12 @@ def test_all_of_it_moves_to_another_device(batch):
     assert {tensor.device.type for tensor in everything(batch)} == {"cpu"}
     assert moved.sequences is None
     assert moved.sparse.keys() == ["a", "b"]
-    for before, after in zip(everything(batch), everything(batch.to(torch.device("cpu"))), strict=True):
-        assert torch.equal(before, after)
+    assert batch.to(torch.device("cpu")) is batch
 
 
 def test_batches_are_told_apart_by_identity(batch):
     """Pipelines keep batches as keys; comparing their tensors would have no truth value."""
-    assert batch != batch.to(torch.device("cpu"))
+    assert batch != dataclasses.replace(batch)
     assert len({batch, batch}) == 1
 
 
