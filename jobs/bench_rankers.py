@@ -55,7 +55,7 @@ class Sizes:
     answers: dict[int, int]
 
 
-FULL = Sizes("data/synthetic-rankers", 240_000, 1024, 20, 15, {1: 200, 512: 30})
+FULL = Sizes("data/synthetic-rankers", 240_000, 2048, 20, 15, {1: 200, 512: 30})
 QUICK = Sizes("data/synthetic-rankers-quick", 1_200, 64, 5, 2, {1: 3, 512: 3})
 
 
