@@ -21,6 +21,7 @@ from raysys.train.sharding import shard
 from raysys.train.sparse_optimizers import SparseOptimizer
 from raysys.train.step import TrainStep
 from raysys.train.tables import find_tables, gather_table, table_weights
+from raysys.train.timing import StepTimer, TimedOptimizer
 
 ROWS, STEPS, LR = 24, 4, 0.1
 HEADS = {"towers": None, "mmoe": functools.partial(MMoE, experts=3, widths=[[8]])}
@@ -77,17 +78,8 @@ def sharded(head, pipeline, dense_parallel="ddp"):
     calls = []
     next(step.model.deep.parameters()).register_hook(lambda gradient: calls.append(1))
 
-    class Stepper:
-        done = 0
-
-        def zero_grad(self):
-            optimizers.zero_grad()
-
-        def step(self):
-            optimizers.step(self.done)
-            self.done += 1
-
-    runner = {"base": TrainPipelineBase, "sparse_dist": TrainPipelineSparseDist}[pipeline](model, Stepper(), device)
+    kind = {"base": TrainPipelineBase, "sparse_dist": TrainPipelineSparseDist}[pipeline]
+    runner = kind(model, TimedOptimizer(optimizers, StepTimer(), first_step=0), device)
     model.train()
     losses, shares = [], []
     for _ in range(STEPS):

@@ -16,6 +16,7 @@ from raysys.train.optimizers import OptimizerSettings, build_optimizers
 from raysys.train.plan import ShardingSettings, plan_tables
 from raysys.train.sharding import shard
 from raysys.train.step import TrainStep
+from raysys.train.timing import StepTimer, TimedOptimizer
 
 ROWS = 16
 SCHEMA = FeatureSchema.from_dict(
@@ -101,17 +102,8 @@ def test_the_pipeline_traces_around_the_objective(precision):
     model = shard(step, plan_tables(step, 1, "cpu", ROWS, ShardingSettings(), settings), device, settings)
     optimizers = build_optimizers(model, settings, total_steps=4)
 
-    class Stepper:
-        done = 0
-
-        def zero_grad(self):
-            optimizers.zero_grad()
-
-        def step(self):
-            optimizers.step(self.done)
-            self.done += 1
-
-    pipeline = TrainPipelineSparseDist(model, Stepper(), device, pipeline_postproc=True)
+    optimizer = TimedOptimizer(optimizers, StepTimer(), first_step=0)
+    pipeline = TrainPipelineSparseDist(model, optimizer, device, pipeline_postproc=True)
     model.train()
     batches = iter([batch(0)] * 4)
     losses = [pipeline.progress(batches)["losses"] for _ in range(4)]
