@@ -71,7 +71,7 @@ class TrainLoop:
         if self.best.patience_is_over or (self._evaluation_due() and self._evaluate()):
             return "early_stopped"  # a run that was stopped between its last step and the evaluation after it
         stream = BatchStream(self.reader, self.position, self.settings.epochs, self.timer, self._augment())
-        self._pipeline = self._make_pipeline()
+        self._pipeline = self._make_pipeline(stream)
         self.model.train()
         while self.step < self.total_steps:
             seed_draws(step_seed(self.job.seed, rank(), self.step))
@@ -169,14 +169,19 @@ class TrainLoop:
             self.save("best")
         return self.best.patience_is_over
 
-    def _make_pipeline(self) -> TrainPipelineBase | TrainPipelineSparseDist:
+    def _make_pipeline(self, stream: BatchStream) -> TrainPipelineBase | TrainPipelineSparseDist:
         optimizer = TimedOptimizer(self.optimizers, self.timer, first_step=self.step)
         self.model.register_forward_pre_hook(lambda *_: self.timer.mark("copy"))
-        self.model.register_forward_hook(lambda *_: self.timer.mark("forward"))
+        self.model.register_forward_hook(lambda *_: self._before_backward(stream))
         kind = self.settings.pipeline
         if kind == "sparse_dist" or (kind == "auto" and self.device.type == "cuda"):
             return TrainPipelineSparseDist(self.model, optimizer, self.device, pipeline_postproc=True)
         return TrainPipelineBase(self.model, optimizer, self.device)
+
+    def _before_backward(self, stream: BatchStream) -> None:
+        self.timer.mark("forward")
+        stream.fetch_ahead()
+        self.timer.mark("read")
 
     def _check(self, verdict: Verdict | None) -> None:
         """Take note of a wish to stop; raises where a loss was not finite, with the batch saved."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -35,7 +36,8 @@ class TrainStep(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
         """The loss of this rank's rows, to be averaged over the ranks, and detached outputs."""
-        with torch.autocast(self._device_type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+        low = self.precision == "bfloat16"
+        with torch.autocast(self._device_type, torch.bfloat16) if low else nullcontext():
             loss, output, parts = self.objective(self.model, batch, self.model.embed(batch))
         return loss, {"losses": _detached(loss, parts), "logits": output.logits.detach().float(), "batch": batch}
 

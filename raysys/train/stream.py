@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 from raysys.data.batch import Batch
 from raysys.data.reader import Position, Reader
@@ -27,11 +28,21 @@ class BatchStream(Iterator[Batch]):
         self._source = enumerate(_read(reader, start, epochs))
         self._augment = augment
         self._taken: deque[tuple[Batch, Position]] = deque()
+        self._ahead: deque[tuple[int, tuple[Batch, Position]]] = deque()
         self._timer = timer
+
+    def fetch_ahead(self) -> None:
+        """Have the next batch ready, so that the reader's thread makes another one now.
+
+        Called before the backward pass, which runs outside of Python: elsewhere in a step, thread and step would wait for each
+        other's turn in the interpreter.
+        """
+        if not self._ahead:
+            self._ahead.extend(islice(self._source, 1))
 
     def __next__(self) -> Batch:
         self._timer.mark("other")
-        n, (batch, position) = next(self._source)
+        n, (batch, position) = self._ahead.popleft() if self._ahead else next(self._source)
         if self._augment is not None:
             batch = self._augment(batch, n)
         self._taken.append((batch, position))
