@@ -244,7 +244,7 @@ def _quieten_libraries() -> None:
     """Leave out what torch and TorchRec tell each other's developers; all others, the user's own model too, are heard."""
     warnings.filterwarnings("ignore", "Please use DTensor instead", FutureWarning)  # of torch, for TorchRec's tables
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPTaskTowers\) returned a view", UserWarning)
-    for logger in ("torch", "torch.fx", "torchrec", "fbgemm_gpu"):  # torch gives torch.fx a level of its own
+    for logger in ("torch", "torchrec", "fbgemm_gpu"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     logging.getLogger().addFilter(_is_heard)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +21,9 @@ from raysys.models.outputs import Embedded
 from raysys.models.table_sets import TableSet
 from raysys.nn.random import hash64, seeded
 from raysys.schema import FeatureSchema
+
+# TorchRec's look-ups have torch tell TorchRec's developers, in every process, how to ask whether a model is traced.
+logging.getLogger("torch.fx._symbolic_trace").addFilter(lambda record: "is_fx_tracing" not in record.getMessage())
 
 Found = tuple[list[KeyedTensor], list[dict[str, JaggedTensor]], KeyedJaggedTensor | None]
 """What the bag collections and the id collections returned, and the weights of bags that are pooled by the model."""
