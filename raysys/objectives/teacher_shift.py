@@ -24,8 +24,8 @@ class TeacherShift(nn.Module):
 
     edges: the last rank of each bucket but the last one, which has no end.
 
-    Ours (the brief of arXiv 2502.06834 that we follow has it as an option): selection by a score raises the mean error of
-    the scores selected, the more the fewer are selected.
+    Ours, for what arXiv 2502.06834 says of funnels: selection by a score raises the mean error of the scores selected, the
+    more the fewer are selected.
     """
 
     edges: Tensor

@@ -1,4 +1,4 @@
-"""What must hold for Hiformer's layer, by the numbers of its brief, and for AutoInt's."""
+"""What must hold for Hiformer's layer, by the parameter counts of its paper, and for AutoInt's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why a funnel is miscalibrated, and what teaching on candidates mends: simulations A and B of UKDSL's brief."""
+"""Why a funnel is miscalibrated, and what teaching on candidates mends: two simulations."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def test_weighted_sums_start_as_the_mean(x):
 
 
 def module_weights(name: str, m: int, out: int) -> int:
-    """Weights of a module by the table of the paper's brief, without biases and LayerNorms."""
+    """Weights of a module counted by hand, without biases and LayerNorms."""
     h = SIZES.hidden[0]
     return {
         "linear": m * out,
