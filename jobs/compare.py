@@ -80,7 +80,7 @@ def contests(config: Config) -> Iterator[Contest]:
             given = [] if source is None else [f"data.prepare.source={config['sources'][source]}"]
             options = {model: flat(overrides) for model, overrides in comparison["models"].items()}
             for model, overrides in data.get("models", {}).items():
-                options[model] = options.get(model, []) + overrides
+                options[model] = options.get(model, []) + flat(overrides)
             models = dict.fromkeys([comparison["baseline"], *(config["models"] or options)])
             yield Contest(
                 name,
