@@ -10,6 +10,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from raysys.schema import DenseFeature, FeatureSchema, Label, Sequence, SequenceFeature, SparseFeature, Table
+
+
+@pytest.fixture(scope="session")
+def full_schema() -> FeatureSchema:
+    """A feature of every kind that a perturbation knows: with a default, a missing flag, of side position, a history."""
+    return FeatureSchema(
+        tables=(Table("item", 30, 8), Table("user", 20, 8)),
+        dense=(DenseFeature("age", default=2.0), DenseFeature("price", missing_flag=True)),
+        sparse=(
+            SparseFeature("user_id", "user", side="user"),
+            SparseFeature("item_id", "item", side="item"),
+            SparseFeature("place", "user", side="position"),
+        ),
+        sequences=(Sequence("history", (SequenceFeature("clicked", "item"),), max_length=5),),
+        labels=(Label("click"), Label("like", required=False)),
+    )
+
 
 @pytest.fixture
 def as_two_ranks() -> Callable[..., list[Any]]:

@@ -20,23 +20,12 @@ from raysys.models.ranking.dlrm import DLRM
 from raysys.objectives.perturbation import LSPR, SCR
 from raysys.objectives.perturbed_rows import Perturbation
 from raysys.objectives.supervised import Supervised
-from raysys.schema import DenseFeature, FeatureSchema, Label, Sequence, SequenceFeature, SparseFeature, Table
+from raysys.schema import DenseFeature, FeatureSchema, Label
 
 WIDTH = 20
 DENSE = tuple(DenseFeature(f"x{place}") for place in range(WIDTH))
 REGRESSION = FeatureSchema(dense=DENSE, labels=(Label("y", kind="regression"),))
 BINARY = FeatureSchema(dense=DENSE, labels=(Label("y"),))
-FULL = FeatureSchema(
-    tables=(Table("item", 30, 8), Table("user", 20, 8)),
-    dense=(DenseFeature("age", default=2.0), DenseFeature("price", missing_flag=True)),
-    sparse=(
-        SparseFeature("user_id", "user", side="user"),
-        SparseFeature("item_id", "item", side="item"),
-        SparseFeature("place", "user", side="position"),
-    ),
-    sequences=(Sequence("history", (SequenceFeature("clicked", "item"),), max_length=5),),
-    labels=(Label("click"), Label("like", required=False)),
-)
 
 
 class Linear(nn.Module):
@@ -68,7 +57,7 @@ def make_batch():
 
 
 def full_batch(schema: FeatureSchema, rows: int, padding: int = 0) -> Batch:
-    """Rows of FULL, and rows of padding; `like` lacks labels."""
+    """Rows of `full_schema`, and rows of padding; `like` lacks labels."""
     random, total = torch.Generator().manual_seed(8), rows + padding
 
     def jagged(names: tuple[str, ...], longest: int) -> KeyedJaggedTensor:
@@ -106,28 +95,28 @@ OFF = [partial(LSPR, alpha=0.0), partial(LSPR, alpha=0.0, balance="ratio"), part
 
 
 @pytest.mark.parametrize("kind", OFF)
-def test_without_strength_it_is_the_plain_model_bit_by_bit(kind, make_batch):
-    model, batch = DLRM(FULL, embedding_dim=8, bottom=[8], dropout=0.2), make_batch(FULL, 9, padding=2)
-    expected, plain = gradients(Supervised(FULL), model, batch)
-    loss, found = gradients(kind(FULL), model, batch)
+def test_without_strength_it_is_the_plain_model_bit_by_bit(kind, make_batch, full_schema):
+    model, batch = DLRM(full_schema, embedding_dim=8, bottom=[8], dropout=0.2), make_batch(full_schema, 9, padding=2)
+    expected, plain = gradients(Supervised(full_schema), model, batch)
+    loss, found = gradients(kind(full_schema), model, batch)
     assert torch.equal(loss, expected)
     assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.5, 1.0])
-def test_without_a_perturbation_lspr_is_the_plain_loss(alpha, make_batch):
-    model, batch = DLRM(FULL, embedding_dim=8, bottom=[8]), make_batch(FULL, 9, padding=2)
-    expected, plain = gradients(Supervised(FULL), model, batch)
-    loss, found = gradients(LSPR(FULL, alpha=alpha, perturbation=perturbed()), model, batch)
+def test_without_a_perturbation_lspr_is_the_plain_loss(alpha, make_batch, full_schema):
+    model, batch = DLRM(full_schema, embedding_dim=8, bottom=[8]), make_batch(full_schema, 9, padding=2)
+    expected, plain = gradients(Supervised(full_schema), model, batch)
+    loss, found = gradients(LSPR(full_schema, alpha=alpha, perturbation=perturbed()), model, batch)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["mse_prob", "mse_logit", "kl"])
-def test_without_a_perturbation_scr_has_no_term_and_no_gradient(kind, make_batch):
-    model, batch = DLRM(FULL, embedding_dim=8, bottom=[8]), make_batch(FULL, 9, padding=2)
-    expected, plain = gradients(Supervised(FULL), model, batch)
-    loss, found = gradients(SCR(FULL, lambda_=5.0, kind=kind, perturbation=perturbed()), model, batch)
+def test_without_a_perturbation_scr_has_no_term_and_no_gradient(kind, make_batch, full_schema):
+    model, batch = DLRM(full_schema, embedding_dim=8, bottom=[8]), make_batch(full_schema, 9, padding=2)
+    expected, plain = gradients(Supervised(full_schema), model, batch)
+    loss, found = gradients(SCR(full_schema, lambda_=5.0, kind=kind, perturbation=perturbed()), model, batch)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-6)
 
@@ -226,8 +215,12 @@ def test_with_few_labels_lspr_halves_the_test_loss(record_figure):
 
 
 @pytest.mark.parametrize("build", [SCR, LSPR])
-def test_a_step_looks_up_once_and_evaluation_perturbs_nothing(build, make_batch, monkeypatch):
-    model, batch, objective = DLRM(FULL, embedding_dim=8, bottom=[8]), make_batch(FULL, 9), build(FULL)
+def test_a_step_looks_up_once_and_evaluation_perturbs_nothing(build, make_batch, monkeypatch, full_schema):
+    model, batch, objective = (
+        DLRM(full_schema, embedding_dim=8, bottom=[8]),
+        make_batch(full_schema, 9),
+        build(full_schema),
+    )
     calls, sizes, lookup, interact = [], [], model.embeddings.forward, model.interact
     monkeypatch.setattr(model.embeddings, "forward", lambda batch: calls.append(batch) or lookup(batch))
     monkeypatch.setattr(model, "interact", lambda e: sizes.append(len(e.dense)) or interact(e))
@@ -262,17 +255,19 @@ def test_the_ratio_has_no_gradient_of_its_own():
 
 
 @pytest.mark.parametrize("padding", [0, 3])
-def test_a_ratio_of_each_group_balances_it_alone(make_batch, padding):
-    model, batch = DLRM(FULL, embedding_dim=8, bottom=[8]), make_batch(FULL, 60, padding=padding)
+def test_a_ratio_of_each_group_balances_it_alone(make_batch, padding, full_schema):
+    model, batch = DLRM(full_schema, embedding_dim=8, bottom=[8]), make_batch(full_schema, 60, padding=padding)
     batch.sparse = KeyedJaggedTensor(
         batch.sparse.keys(), batch.sparse.values() % 3, lengths=batch.sparse.lengths()
     )  # user_id 0, 1, 2, and padding has none
     objective = LSPR(
-        FULL, alpha=0.4, balance="ratio", balance_groups="user_id", perturbation=perturbed(feature_mask=0.6)
+        full_schema, alpha=0.4, balance="ratio", balance_groups="user_id", perturbation=perturbed(feature_mask=0.6)
     )
     _, found = gradients(objective, model, batch)
     embedded = model.embed(batch)
-    _, copies = perturbed(feature_mask=0.6)(FULL)(embedded, (batch.example_id >= 0).float())  # with the seed as it was
+    _, copies = perturbed(feature_mask=0.6)(full_schema)(
+        embedded, (batch.example_id >= 0).float()
+    )  # with the seed as it was
     clean, moved = (
         objective._row_losses(model.predict(model.interact(e)).logits, batch.labels) for e in (embedded, copies)
     )
@@ -289,7 +284,7 @@ def test_a_ratio_of_each_group_balances_it_alone(make_batch, padding):
     wanted = torch.autograd.grad(expected, list(model.parameters()))
     torch.testing.assert_close(found, list(wanted), rtol=1e-4, atol=1e-6)
     _, at_once = gradients(
-        LSPR(FULL, alpha=0.4, balance="ratio", perturbation=perturbed(feature_mask=0.6)), model, batch
+        LSPR(full_schema, alpha=0.4, balance="ratio", perturbation=perturbed(feature_mask=0.6)), model, batch
     )
     assert max(float((a - b).abs().max()) for a, b in zip(found, at_once, strict=True)) > 1e-4
 
@@ -311,17 +306,17 @@ def test_rows_without_a_label_count_in_scr_where_asked_for_and_never_in_lspr():
     assert consistency(asked, 0.0) != consistency(asked, 1.0)
 
 
-def test_padding_never_counts(make_batch):
-    model, objective = DLRM(FULL, embedding_dim=8, bottom=[8]), SCR(FULL, unlabeled=True, lambda_=1.0)
-    objective.perturbation = perturbed(feature_mask=0.999)(FULL)  # copies of all rows are the same
-    losses = [gradients(copy.deepcopy(objective), model, make_batch(FULL, 9, padding=n))[0] for n in (0, 5)]
+def test_padding_never_counts(make_batch, full_schema):
+    model, objective = DLRM(full_schema, embedding_dim=8, bottom=[8]), SCR(full_schema, unlabeled=True, lambda_=1.0)
+    objective.perturbation = perturbed(feature_mask=0.999)(full_schema)  # copies of all rows are the same
+    losses = [gradients(copy.deepcopy(objective), model, make_batch(full_schema, 9, padding=n))[0] for n in (0, 5)]
     torch.testing.assert_close(*losses)
 
 
 @pytest.mark.parametrize("name", ["scr", "lspr"])
-def test_the_yaml_file_has_the_defaults_of_the_class(name):
-    given = instantiate(compose([f"objective={name}"])["objective"], schema=FULL)
-    default = {"scr": SCR, "lspr": LSPR}[name](FULL)
+def test_the_yaml_file_has_the_defaults_of_the_class(name, full_schema):
+    given = instantiate(compose([f"objective={name}"])["objective"], schema=full_schema)
+    default = {"scr": SCR, "lspr": LSPR}[name](full_schema)
     for left, right in ((given, default), (given.perturbation, default.perturbation)):
         plain = {key: value for key, value in vars(left).items() if isinstance(value, float | bool | str | tuple)}
         assert plain == {key: vars(right)[key] for key in plain}
@@ -356,9 +351,9 @@ GROUPS = "objective.balance_groups is '{}': balance=ratio and a sparse feature w
         ),
     ],
 )
-def test_wrong_settings_are_named(build, message, hint):
+def test_wrong_settings_are_named(build, message, hint, full_schema):
     with pytest.raises(UserError) as error:
-        build(FULL)
+        build(full_schema)
     assert error.value.message == message
     assert hint is None or error.value.hint == hint
 
