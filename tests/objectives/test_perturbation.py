@@ -216,11 +216,8 @@ def test_with_few_labels_lspr_halves_the_test_loss(record_figure):
 
 @pytest.mark.parametrize("build", [SCR, LSPR])
 def test_a_step_looks_up_once_and_evaluation_perturbs_nothing(build, make_batch, monkeypatch, full_schema):
-    model, batch, objective = (
-        DLRM(full_schema, embedding_dim=8, bottom=[8]),
-        make_batch(full_schema, 9),
-        build(full_schema),
-    )
+    model, batch = DLRM(full_schema, embedding_dim=8, bottom=[8]), make_batch(full_schema, 9)
+    objective = build(full_schema)
     calls, sizes, lookup, interact = [], [], model.embeddings.forward, model.interact
     monkeypatch.setattr(model.embeddings, "forward", lambda batch: calls.append(batch) or lookup(batch))
     monkeypatch.setattr(model, "interact", lambda e: sizes.append(len(e.dense)) or interact(e))
@@ -265,9 +262,8 @@ def test_a_ratio_of_each_group_balances_it_alone(make_batch, padding, full_schem
     )
     _, found = gradients(objective, model, batch)
     embedded = model.embed(batch)
-    _, copies = perturbed(feature_mask=0.6)(full_schema)(
-        embedded, (batch.example_id >= 0).float()
-    )  # with the seed as it was
+    counted = (batch.example_id >= 0).float()
+    _, copies = perturbed(feature_mask=0.6)(full_schema)(embedded, counted)  # with the seed as it was
     clean, moved = (
         objective._row_losses(model.predict(model.interact(e)).logits, batch.labels) for e in (embedded, copies)
     )
