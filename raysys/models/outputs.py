@@ -23,6 +23,16 @@ class Embedded:
     dense: Tensor
     members: dict[str, Embedded] = field(default_factory=dict)
 
+    def rows(self, start: int, stop: int) -> Embedded:
+        """Rows [start, stop), as views."""
+        return Embedded(
+            self.tokens[start:stop],
+            self.names,
+            {name: (events[start:stop], mask[start:stop]) for name, (events, mask) in self.sequences.items()},
+            self.dense[start:stop],
+            {name: member.rows(start, stop) for name, member in self.members.items()},
+        )
+
 
 @dataclass
 class Output:

@@ -29,6 +29,9 @@ METRICS = {
     "ece": Metric("ECE", "lower"),
     "rmse": Metric("RMSE", "lower"),
     "mae": Metric("MAE", "lower"),
+    "recall@10": Metric("Recall@10", "higher"),
+    "ndcg@10": Metric("NDCG@10", "higher"),
+    "mrr": Metric("MRR", "higher"),
 }
 """Quality metrics in the order in which they are shown; `rows` and `base_rate` describe the data instead."""
 

@@ -17,7 +17,7 @@ from raysys.report.events import Event
 from raysys.report.format import METRICS, SPLITS, compact, count, duration, in_order, metric_title, number
 
 _SHOWN_TASKS = 12
-_SHOWN_METRICS = ("ne", "auc", "calibration", "rmse")
+_SHOWN_METRICS = ("ne", "auc", "calibration", "rmse", "recall@10", "ndcg@10")
 _LINE_TASKS = 3
 _STYLES = {"finished": "green", "early_stopped": "green", "failed": "red", "interrupted": "yellow"}
 
@@ -171,7 +171,7 @@ def _figures(split: str, tasks: dict[str, dict[str, float | None]]) -> list[str]
     for task, values in list(tasks.items())[:_LINE_TASKS]:
         figures = [
             f"{METRICS[metric].title} {number(values[metric])}"
-            for metric in ("ne", "auc", "rmse")
+            for metric in ("ne", "auc", "rmse", "recall@10")
             if values.get(metric) is not None
         ]
         if figures:

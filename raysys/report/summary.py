@@ -9,7 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from raysys.report.format import compact, count, duration, number, size
+from raysys.report.format import compact, count, duration, metric_title, number, size
+
+_SHOWN = ("auc", "ne", "log_loss", "rmse", "recall@10", "recall@50", "ndcg@10", "mrr")
 
 
 def print_start(facts: Mapping[str, Any], plan: str, console: Console) -> None:
@@ -58,9 +60,12 @@ def print_summary(folder: Path, record: Mapping[str, Any], report: Path, console
 
 
 def _metrics_table(splits: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
-    table = Table("split", "task", "AUC", "NE", "log-loss", "RMSE", "rows", box=None, header_style="bold")
+    """The metrics that there are, of the most telling ones; tasks of one kind have their columns together."""
+    found = {key for tasks in splits.values() for metrics in tasks.values() for key in metrics}
+    keys = [key for key in _SHOWN if key in found]
+    table = Table("split", "task", *map(metric_title, keys), "rows", box=None, header_style="bold")
     for split, tasks in splits.items():
         for task, metrics in tasks.items():
-            figures = [number(metrics.get(key)) if key in metrics else "" for key in ("auc", "ne", "log_loss", "rmse")]
+            figures = [number(metrics.get(key)) if key in metrics else "" for key in keys]
             table.add_row(split, task, *figures, count(metrics.get("rows")))
     return table

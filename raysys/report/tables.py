@@ -112,17 +112,16 @@ def slices(record: RunRecord) -> Markup | None:
 
 
 def _slice_table(title: str, values: dict[str, dict[str, float | None]], overall: dict[str, float | None]) -> Markup:
-    keys = [
-        key for key in ("ne", "auc", "gauc", "calibration", "rmse", "mae") if any(key in row for row in values.values())
-    ]
+    keys = [key for key in METRICS if key not in ("log_loss", "ece") and any(key in row for row in values.values())]
     shown = sorted(values.items(), key=lambda item: -(item[1].get("rows") or 0))[:_SLICES_SHOWN]
-    main = "ne" if "ne" in keys else "rmse"
+    main = keys[0]
+    sign = 1 if METRICS[main].better == "higher" else -1
     differences = {value: _difference(row.get(main), overall.get(main)) for value, row in shown}
     scale = max((abs(d) for d in differences.values() if d is not None), default=0.0)
     rows: list[list[object]] = []
     for value, row in shown:
         d = differences[value]
-        bar = None if d is None else deviation(d, scale, good=d < 0)
+        bar = None if d is None else deviation(d, scale, good=sign * d > 0)
         facts = [count(row.get("rows")), share(row.get("base_rate"))]
         rows.append(
             [

@@ -10,7 +10,8 @@ from typing import Any
 from raysys.errors import UserError, nearest
 from raysys.schema import FeatureSchema
 from raysys.train.checkpoint import checkpoint_path
-from raysys.train.settings import EarlyStopping
+from raysys.train.retrieval import retrieval_task
+from raysys.train.settings import EarlyStopping, RetrievalSettings
 
 ALL_TASKS = "all"
 _METRICS = {"binary": ("ne", "log_loss", "auc", "gauc"), "regression": ("rmse", "mae")}
@@ -22,9 +23,13 @@ class BestSoFar:
     Without settings nothing is watched and nothing stops.
     """
 
-    def __init__(self, settings: EarlyStopping | None, schema: FeatureSchema) -> None:
+    def __init__(
+        self, settings: EarlyStopping | None, schema: FeatureSchema, retrieval: RetrievalSettings | None = None
+    ) -> None:
         self.settings = settings
-        self.tasks = _tasks(settings, schema) if settings is not None else []
+        self.tasks: list[str] = []
+        if settings is not None:
+            self.tasks = _tasks(settings, schema) if retrieval is None else _retrieval(settings, schema, retrieval)
         self.step: int | None = None
         self.value = math.nan
         self.stale = 0
@@ -63,6 +68,17 @@ class BestSoFar:
         """Continue from a checkpoint's state."""
         self.step, self.stale, self.evaluated = state["step"], state["stale"], state["evaluated"]
         self.value = math.nan if state["value"] is None else state["value"]
+
+
+def _retrieval(settings: EarlyStopping, schema: FeatureSchema, retrieval: RetrievalSettings) -> list[str]:
+    """The task of a retrieval model; a UserError where the metric is none of retrieval."""
+    known = [f"{metric}@{k}" for metric in ("recall", "ndcg") for k in retrieval.at] + ["mrr"]
+    if settings.metric not in known:
+        raise UserError(
+            f"train.early_stopping.metric is {settings.metric!r}, which retrieval does not have",
+            f"take one of: {', '.join(known)}",
+        )
+    return [retrieval_task(schema, retrieval)]
 
 
 def _tasks(settings: EarlyStopping, schema: FeatureSchema) -> list[str]:

@@ -67,7 +67,7 @@ def _evaluate(loop: TrainLoop) -> tuple[dict[str, Any], dict[str, Calibrator]]:
         metrics["valid"], calibrators = evaluation.tasks, evaluation.calibrators
     if loop.job.has_split("test"):
         path = loop.job.folder / "predictions" / "test.parquet"
-        metrics["test"] = loop.evaluate("test", calibrators=calibrators, predictions=path).tasks
+        metrics["test"] = loop.evaluate("test", calibrators=calibrators, predictions=path, baselines=True).tasks
     return metrics, calibrators
 
 

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from raysys.config import Config, instantiate, validate
+from raysys.config import Config, arguments_of, instantiate, locate, validate
+from raysys.data.catalogue import CatalogueItems, load_catalogue
 from raysys.data.log import ParquetLog, split_path
 from raysys.data.reader import Reader
 from raysys.data.transforms import Transforms
 from raysys.errors import UserError
 from raysys.schema import FeatureSchema
+from raysys.train.retrieval import retrieval_task
 from raysys.train.settings import DataSettings, TrainerSettings, TrainSettings
 from raysys.train.step import TrainStep
 
@@ -100,9 +102,23 @@ class Job:
         """The model of the config for another schema, such as one with smaller tables."""
         return instantiate(self.config["model"], schema=schema, seed=self.seed, device=device)
 
+    def items(self) -> CatalogueItems:
+        """The item catalogue with the counts of the training split; of runs with `train.retrieval`."""
+        assert self.train.retrieval is not None
+        task = retrieval_task(self.schema, self.train.retrieval)
+        return load_catalogue(self.data, self.schema, self.transforms, self.log("train"), task)
+
     def train_step(self, device: str) -> TrainStep:
         """Model and objective as the one module that is sharded and trained."""
-        objective = instantiate(self.config["objective"], schema=self.schema)
+        target = locate(self.config["objective"].get("_target_", ""))
+        wanted = arguments_of(target) or {}
+        if "items" in wanted and self.train.retrieval is None:
+            raise UserError(
+                f"{target.__name__} trains retrieval from a catalogue, and train.retrieval is null",
+                "train.retrieval={}, or one of the experiments for retrieval",
+            )
+        given: dict[str, Any] = {"items": self.items()} if "items" in wanted else {}
+        objective = instantiate(self.config["objective"], schema=self.schema, **given)
         if getattr(objective, "whole_groups", False) and not self.reading.keep_groups_whole:
             raise UserError(
                 f"{type(objective).__name__} has a loss within a request, and batches may cut requests",

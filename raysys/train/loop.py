@@ -52,13 +52,13 @@ class TrainLoop:
         )
         self.optimizers = build_optimizers(self.model, settings.optimizers, self.total_steps)
         self.step, self.position = 0, Position()
-        self.best = BestSoFar(settings.early_stopping, job.schema)
+        self.best = BestSoFar(settings.early_stopping, job.schema, settings.retrieval)
         self.timer = StepTimer()
         self._guard, self._stopping = StepGuard(), False
         self._pipeline: TrainPipelineBase | TrainPipelineSparseDist | None = None
         self._has_valid = job.has_split("valid")
         self._saved: int | None = None  # the step of the newest checkpoint
-        self.window = Window(job.schema, self.timer)
+        self.window = Window(job.schema if settings.retrieval is None else None, self.timer)
 
     def run(self) -> str:
         """Train, save the last checkpoint and return how it ended: finished, early_stopped or interrupted."""

@@ -25,14 +25,29 @@ class EarlyStopping:
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
 
-    metric: Literal["ne", "log_loss", "auc", "gauc", "rmse", "mae"] = "ne"
+    metric: str = "ne"
     task: str | None = None
     patience: PositiveInt = 2
 
     @property
     def larger_is_better(self) -> bool:
         """Whether the metric grows with quality."""
-        return self.metric in ("auc", "gauc")
+        return self.metric.startswith(("auc", "gauc", "recall@", "ndcg@", "mrr"))
+
+
+@dataclass(frozen=True)
+class RetrievalSettings:
+    """What a retrieval model is trained for and measured by, over the full catalogue.
+
+    task: the label that makes a row positive; None is the first binary one. exclude: a list column with the items that a row
+    already has (their keys, oldest first), which are not recommended again. at: the K of recall@K and NDCG@K.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+    task: str | None = None
+    exclude: str | None = None
+    at: tuple[PositiveInt, ...] = (5, 10, 50)
 
 
 @dataclass(frozen=True)
@@ -52,6 +67,7 @@ class TrainSettings:
     pipeline: Pipeline = "auto"
     precision: Literal["float32", "bfloat16"] = "float32"
     early_stopping: EarlyStopping | None = None
+    retrieval: RetrievalSettings | None = None
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     optimizers: OptimizerSettings = field(default_factory=OptimizerSettings)
     sharding: ShardingSettings = field(default_factory=ShardingSettings)

@@ -34,6 +34,7 @@ from raysys.train.loop import total_steps
 from raysys.train.optimizers import clip_groups, dense_parameters
 from raysys.train.plan import TablePlan, plan_table, plan_tables
 from raysys.train.record import RECORD, RunRecord, config_changes, config_hash, read_record
+from raysys.train.retrieval import check_retrieval, retrieval_intervals, retrieval_schema, retrieval_task
 from raysys.train.settings import Settings
 from raysys.train.size import parameter_counts
 from raysys.train.slices import check_slices
@@ -58,6 +59,8 @@ def prepare(config: Config) -> Prepared:
     folder, resume = _run_folder(config, given)
     data = absolute(given.data.folder)
     schema = FeatureSchema.load(f"{data.rstrip('/')}/schema.yaml", read_text)
+    if given.train.retrieval is not None:
+        schema = retrieval_schema(schema, given.train.retrieval)
     log = ParquetLog(split_path(data, "train"), schema)
     job = Job(config, schema, _transforms(log, given.seed, folder, resume), folder, data, resume)
     settings, trainer = job.train, job.trainer
@@ -76,9 +79,10 @@ def prepare(config: Config) -> Prepared:
         )
     if job.has_split("valid"):
         job.log("valid")
-    BestSoFar(settings.early_stopping, schema)
+    BestSoFar(settings.early_stopping, schema, settings.retrieval)
     check_slices(schema, settings.slices)
     step = job.train_step("meta")
+    check_retrieval(step.model, settings)
     clip_groups(dense_parameters(step), settings.optimizers.clip)
     plan = plan_tables(step, world_size, device, reader.local_batch_size, settings.sharding, settings.optimizers)
     facts = {
@@ -87,7 +91,7 @@ def prepare(config: Config) -> Prepared:
         "schema": schema.to_dict(),
         "world_size": world_size,
         "device": device,
-        "tasks": list(schema.tasks),
+        "tasks": [retrieval_task(schema, settings.retrieval)] if settings.retrieval else list(schema.tasks),
         "parameters": parameter_counts(step),
         "bytes_per_rank": plan.bytes_per_rank(),
         "flops_per_row": flops_per_row(job.build_model, schema),
@@ -210,6 +214,9 @@ def _intervals(job: Job) -> dict[str, dict[str, dict[str, tuple[float, float]]]]
     intervals: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
     for path in sorted((job.folder / "predictions").glob("*.parquet")):
         table = pq.read_table(path)
+        if job.train.retrieval is not None:
+            intervals[path.stem] = retrieval_intervals(table, job.train.retrieval.at)
+            continue
         intervals[path.stem] = {
             label.name: _task_intervals(table, label.name) for label in job.schema.labels if label.kind == "binary"
         }

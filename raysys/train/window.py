@@ -20,8 +20,9 @@ _LOSS = "loss."
 class Window:
     """Collects without waiting for the device; `take` is collective and is what costs."""
 
-    def __init__(self, schema: FeatureSchema, timer: StepTimer) -> None:
-        self._metrics = WindowMetrics(schema)
+    def __init__(self, schema: FeatureSchema | None, timer: StepTimer) -> None:
+        """schema: whose tasks are measured by the logits; None tells losses and speed alone."""
+        self._metrics = WindowMetrics(schema) if schema is not None else None
         self._timer = timer
         self._losses: list[dict[str, Tensor]] = []
         self._steps_before, self._sums_before = 0, dict[str, float]()  # of the checkpoint that the window goes on from
@@ -36,7 +37,8 @@ class Window:
     def update(self, outputs: dict[str, Any]) -> None:
         """Take what TrainStep gave for one batch; nothing leaves its device yet."""
         batch: Batch = outputs["batch"]
-        self._metrics.update(outputs["logits"], batch)
+        if self._metrics is not None:
+            self._metrics.update(outputs["logits"], batch)
         self._losses.append(outputs["losses"])
 
     def take(self, rows: int, steps_left: int) -> dict[str, Any]:
@@ -53,7 +55,7 @@ class Window:
             "rows_per_second": self._speeds[-1],
             "loss": losses.pop("loss"),
             "parts": losses,
-            "metrics": self._metrics.compute(),
+            "metrics": self._metrics.compute() if self._metrics is not None else {},
             "breakdown": breakdown,
             "eta_seconds": steps_left * seconds_per_step,
         }
@@ -67,7 +69,7 @@ class Window:
         losses = {
             f"{_LOSS}{name}": torch.tensor(total, dtype=torch.float64) for name, total in self._loss_sums().items()
         }
-        return {"steps": steps, **losses, **self._metrics.state()}
+        return {"steps": steps, **losses, **(self._metrics.state() if self._metrics is not None else {})}
 
     def load(self, state: dict[str, Tensor], device: torch.device) -> None:
         """Go on from a state, on any number of ranks; device: of the outputs that will come."""
@@ -75,7 +77,8 @@ class Window:
         self._sums_before = {
             name.removeprefix(_LOSS): float(total) for name, total in state.items() if name.startswith(_LOSS)
         }
-        self._metrics.load(state, device)
+        if self._metrics is not None:
+            self._metrics.load(state, device)
 
     def _loss_sums(self) -> dict[str, float]:
         """The mean over the ranks of each loss, summed over the steps (collective).

@@ -27,7 +27,7 @@ def test_a_finished_run_shows_its_metrics_and_how_to_score(summary, tmp_path):
     metrics = {"test": {"click": {"auc": 0.75, "ne": 0.9, "log_loss": 0.5, "rows": 2000}, "spend": {"rmse": 1.25}}}
     text = summary(tmp_path / "a", {"status": "finished", "metrics": metrics})
     assert "a finished at step 1,200" in text
-    for line in ("split task AUC NE log-loss RMSE rows", "test click 0.7500 0.9000 0.5000 2,000", "test spend 1.2500"):
+    for line in ("split task AUC NE Log loss RMSE rows", "test click 0.7500 0.9000 0.5000 2,000", "test spend 1.2500"):
         assert line in "\n".join(" ".join(line.split()) for line in text.splitlines())
     assert f"python jobs/predict.py run={tmp_path}/a input=LOG.parquet output=scores" in text
     assert "resume=auto" not in text

@@ -51,6 +51,9 @@ def prepare(
     seed: int = 0,
     embedding_dim: int = 16,
     train_rows: int | None = None,
+    negatives: bool = True,
+    every_event: bool = True,
+    history_length: int = HISTORY,
 ) -> None:
     """Write train, valid, test and items as Parquet, with schema.yaml, unless they are there.
 
@@ -60,7 +63,11 @@ def prepare(
     Leave one out: the last item of a user tests, the one before validates, those before train, from the second on. A row's
     history is what the user had before it, in the order of the file, so that of a test row ends with the validation item.
     To each positive comes one negative, drawn evenly from the items that the user never has, at no time: as is usual, and
-    so a negative in train is never an item of test. There are no times.
+    so a negative in train is never an item of test. There are no times. The column `seen` has all that the user had before.
+
+    negatives: False leaves the drawn rows out. every_event: False leaves one training row a user, that of the last item
+    before validation, for models that learn from every position of a history. history_length: the most recent items of a
+    history that schema.yaml has a model read.
     """
     if source is None and is_prepared(folder):
         return  # later commands need not repeat where it came from
@@ -73,6 +80,9 @@ def prepare(
         "seed": seed,
         "embedding_dim": embedding_dim,
         "train_rows": train_rows,
+        "negatives": negatives,
+        "every_event": every_event,
+        "history_length": history_length,
     }
 
     def write(partial: Path) -> None:
@@ -81,16 +91,20 @@ def prepare(
         if train_rows is not None:
             kept = _kept_users(length, train_rows, seed)
             user, item, length = user[kept], item[np.repeat(kept, length)], length[kept]
-        rows, split = _rows(user, item, length, catalogue, seed)
+        rows, split = _rows(user, item, length, catalogue, seed, history_length)
+        kept_rows = _wanted(rows, split, negatives, every_event)
+        rows, split = rows.filter(pa.array(kept_rows)), split[kept_rows]
         for number, name in enumerate(SPLITS):
             write_table(partial / f"{name}.parquet", rows.filter(pa.array(split == number)))
         write_table(partial / "items.parquet", catalogue)
-        beauty_schema(len(user), catalogue, embedding_dim).save(partial / "schema.yaml")
+        beauty_schema(len(user), catalogue, embedding_dim, history_length).save(partial / "schema.yaml")
 
     prepare_folder(folder, arguments, write)
 
 
-def beauty_schema(users: int, catalogue: pa.Table, embedding_dim: int = 16) -> FeatureSchema:
+def beauty_schema(
+    users: int, catalogue: pa.Table, embedding_dim: int = 16, history_length: int = HISTORY
+) -> FeatureSchema:
     """The schema of a prepared folder: the task is `next`, groups are users. The title is in the catalogue alone."""
     attributes = pc.count_distinct(pc.list_flatten(catalogue["attribute_ids"])).as_py()
     sizes = {"user": users, "item": len(catalogue), "attribute": attributes}
@@ -102,7 +116,7 @@ def beauty_schema(users: int, catalogue: pa.Table, embedding_dim: int = 16) -> F
             SparseFeature("item_id", "item", "item"),
             SparseFeature("attribute_ids", "attribute", "item", max_length=ATTRIBUTES, pooling="mean"),
         ),
-        sequences=(Sequence("history", (SequenceFeature("history_item", "item"),), max_length=HISTORY),),
+        sequences=(Sequence("history", (SequenceFeature("history_item", "item"),), max_length=history_length),),
         labels=(Label("next"),),
         example_id="example_id",
         group_id="user_id",
@@ -120,8 +134,23 @@ def _kept_users(length: Integers, train_rows: int, seed: int) -> NDArray[np.bool
     return kept
 
 
+def _wanted(rows: pa.Table, split: NDArray[np.int8], negatives: bool, every_event: bool) -> NDArray[np.bool_]:
+    """[R] which rows are written."""
+    positive = rows["next"].to_numpy() == 1
+    kept = positive | negatives
+    if not every_event:
+        user, position = rows["user_id"].to_numpy(), rows["history_length"].to_numpy()
+        train = np.flatnonzero(split == TRAIN)
+        order = train[np.lexsort((position[train], user[train]))]
+        last = np.append(user[order][1:] != user[order][:-1], True)
+        longest = np.zeros(int(user.max()) + 1, np.float32)
+        longest[user[order][last]] = position[order][last]
+        kept &= (split != TRAIN) | (position == longest[user])
+    return kept
+
+
 def _rows(
-    user: Integers, item: Integers, length: Integers, catalogue: pa.Table, seed: int
+    user: Integers, item: Integers, length: Integers, catalogue: pa.Table, seed: int, history_length: int
 ) -> tuple[pa.Table, NDArray[np.int8]]:
     """Two rows, the positive and its negative, for every item of a user but the first, and the split of each."""
     ends = np.cumsum(length)
@@ -132,9 +161,7 @@ def _rows(
     negative = _negatives(np.repeat(np.arange(len(user)), length), item, positive, catalogue, seed)
     events = np.repeat(positive, 2)
     first = (ends - length).repeat(length)[events]
-    start = np.maximum(first, events - HISTORY)
-    offsets = np.concatenate([[0], np.cumsum(events - start)])
-    history = pa.array(item[ranges(start, events - start)])
+    start = np.maximum(first, events - history_length)
     shown = np.stack([item[positive], negative], 1).ravel()
     place = pc.index_in(pa.array(shown), value_set=catalogue["item_id"].cast(pa.int64()))
     rows = pa.table(
@@ -143,12 +170,18 @@ def _rows(
             "next": np.tile(np.array([1, 0], np.int8), len(positive)),
             "user_id": np.repeat(user, length)[events],
             "history_length": position[events].astype(np.float32),
-            "history_item": pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), history),
+            "history_item": _lists(item, start, events - start),
+            "seen": _lists(item, first, events - first),
             "item_id": shown,
             "attribute_ids": catalogue["attribute_ids"].take(place),
         }
     )
     return rows, of_item[events]
+
+
+def _lists(item: Integers, start: Integers, length: Integers) -> pa.Array:
+    offsets = np.concatenate([[0], np.cumsum(length)])
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(item[ranges(start, length)]))
 
 
 def _negatives(owner: Integers, item: Integers, positive: Integers, catalogue: pa.Table, seed: int) -> Integers:

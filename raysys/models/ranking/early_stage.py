@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -16,8 +15,8 @@ from raysys.models.heads import Head
 from raysys.models.multitask.esmm import ESMM
 from raysys.models.outputs import Embedded, Output
 from raysys.models.ranking.base import RankingModel
-from raysys.models.tokens import TokenStack
-from raysys.nn.mlp import MLP, ParallelLinear
+from raysys.models.sides import ITEM_SIDES, USER_SIDES, Side
+from raysys.nn.mlp import ParallelLinear
 from raysys.nn.random import seeded
 from raysys.schema import FeatureSchema
 
@@ -90,23 +89,23 @@ class EarlyStage(RankingModel):
         del self.tokens  # of all features together: each side has its own
         self.width = width
 
-        def side(name: str, *sides: str) -> Side:
-            part = _part(schema, name, sides)
-            stack = TokenStack(
-                part,
+        def side(name: str, sides: Sequence[str]) -> Side:
+            return Side(
+                schema,
+                name,
+                sides,
                 embedding_dim,
+                deep=deep,
                 bottom=bottom,
                 activation=activation,
-                sequence_pooling=sequence_pooling,
-                target_attention=False,
-                dropout=embedding_dropout,
+                pooling=sequence_pooling,
+                dropout=dropout,
+                embedding_dropout=embedding_dropout,
             )
-            deep_mlp = MLP(len(stack.names) * embedding_dim, deep, activation, dropout)
-            return Side(schema, part, stack, deep_mlp)
 
         with seeded(seed, "interactions"):
-            self.users, self.items = side("user", "user", "context"), side("item", "item")
-        self.widths = [self.users.deep.out_features, self.items.deep.out_features]
+            self.users, self.items = side("user", USER_SIDES), side("item", ITEM_SIDES)
+        self.widths = [self.users.out_features, self.items.out_features]
         self.add_towers(sum(self.widths))
 
     def add_towers(self, width: int) -> None:
@@ -145,38 +144,6 @@ class EarlyStage(RankingModel):
         return product + users.biases[:, :, None] + items.biases.t()
 
 
-class Side(nn.Module):
-    """What one side knows of a row as one vector: its tokens, then an MLP.
-
-    part: the schema with the features of this side alone, of which `stack` makes tokens.
-    """
-
-    places: Tensor
-    columns: Tensor
-
-    def __init__(self, schema: FeatureSchema, part: FeatureSchema, stack: TokenStack, deep: MLP) -> None:
-        super().__init__()
-        self.stack, self.deep = stack, deep
-        names = [feature.name for feature in schema.sparse]
-        flags = [feature.name for feature in schema.dense if feature.missing_flag]
-        dense = [feature.name for feature in schema.dense]
-        columns = [dense.index(feature.name) for feature in part.dense]
-        columns += [len(dense) + flags.index(feature.name) for feature in part.dense if feature.missing_flag]
-        places = [names.index(feature.name) for feature in part.sparse]
-        self.register_buffer("places", torch.tensor(places, dtype=torch.int64), persistent=False)
-        self.register_buffer("columns", torch.tensor(columns, dtype=torch.int64), persistent=False)
-
-    def forward(self, embedded: Embedded) -> Tensor:
-        """[B, H]."""
-        own = dataclasses.replace(
-            embedded,
-            tokens=embedded.tokens.index_select(1, self.places),
-            dense=embedded.dense.index_select(1, self.columns),
-        )
-        shared: Tensor = self.deep(self.stack(own).flatten(1))
-        return shared
-
-
 class TaskVectors(nn.Module):
     """A head's last layers, mapped to K columns by a linear map per task, and its logits.
 
@@ -200,18 +167,3 @@ class TaskVectors(nn.Module):
         """[R, inputs] → [R, T, K] and [R, T]."""
         output: Output = self.head(shared)
         return Encoded(self.maps(output.hidden.transpose(0, 1)).transpose(0, 1), output.logits)
-
-
-def _part(schema: FeatureSchema, name: str, sides: Sequence[str]) -> FeatureSchema:
-    """The schema with the features of these sides alone."""
-    sparse = tuple(feature for feature in schema.sparse if feature.side in sides)
-    dense = tuple(feature for feature in schema.dense if feature.side in sides)
-    sequences = tuple(sequence for sequence in schema.sequences if sequence.side in sides)
-    if not sparse and not dense:
-        raise UserError(
-            f"{schema.source}: EarlyStage needs a dense or sparse feature of the {name}", f"give one `side: {sides[0]}`"
-        )
-    used = {feature.table for feature in sparse}
-    used |= {feature.table for sequence in sequences for feature in sequence.features}
-    tables = tuple(table for table in schema.tables if table.name in used)
-    return dataclasses.replace(schema, tables=tables, sparse=sparse, dense=dense, sequences=sequences)

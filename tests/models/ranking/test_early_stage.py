@@ -181,5 +181,5 @@ def test_wrong_arguments_are_named(build, keys, message):
 
 
 def test_a_schema_without_sides_is_refused(plain_schema):
-    with pytest.raises(UserError, match="needs a dense or sparse feature of the item\n  hint: give one `side: item`"):
+    with pytest.raises(UserError, match="needs a feature of the item\n  hint: give one `side: item`"):
         EarlyStage(plain_schema)
