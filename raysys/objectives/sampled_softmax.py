@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -66,66 +67,74 @@ class SampledSoftmax(nn.Module):
 
     def augment(self, batch: Batch, seed: int) -> Batch:
         """The batch with this worker's part of the uniform negatives behind it."""
-        count = self._own_negatives()
-        if count == 0:
+        if self.own_negatives == 0:
             return batch
         generator = torch.Generator().manual_seed(seed)
-        return self.items.append(batch, torch.randint(len(self.items), (count,), generator=generator))
+        return self.items.append(batch, torch.randint(len(self.items), (self.own_negatives,), generator=generator))
 
     def forward(
         self, model: RetrievalModel, batch: Batch, embedded: Embedded
     ) -> tuple[Tensor, Output, dict[str, Tensor]]:
         """Loss (this rank's share), scores of the rows' own items as logits, and the share of rows whose item came first."""
-        rows = len(batch) - self._own_negatives()  # B
+        drawn = self.candidates(model, batch, embedded)
+        scores = model.score(drawn.users, drawn.items)  # [B, C]
+        loss, first = self.loss(scores, drawn)
+        return loss, drawn.output(scores), {"first": first}
+
+    def candidates(self, model: RetrievalModel, batch: Batch, embedded: Embedded) -> Candidates:
+        """The rows' users and all ranks' candidates, encoded (collective)."""
+        rows = len(batch) - self.own_negatives  # B
         users, items = model.encode_users(embedded.rows(0, rows)), model.encode_items(embedded)
         keys = batch.extra[self.items.key]
         assert isinstance(keys, Tensor)
-        row = self.lookup(keys)  # [B + M]
-        positive = batch.weight[:, self.task] * (batch.labels[:, self.task] > 0)  # [B + M]
-        weight = positive[:rows]
-        candidates = _Candidates(
-            vectors=gather_with_grad(items),
-            row=gather_with_grad(row),
-            drawn=gather_with_grad((positive > 0) | (torch.arange(len(row), device=row.device) >= rows)),
-            group=gather_with_grad(batch.group_id),
-            shown=gather_with_grad((batch.weight[:, self.task] > 0) & (positive == 0)),
+        labelled = batch.weight[:, self.task]  # [B + M]
+        positive = labelled * (batch.labels[:, self.task] > 0)
+        appended = torch.arange(len(batch), device=keys.device) >= rows
+        all_keys = gather_with_grad(keys)  # [C], C = W (B + M)
+        row, drawn = self.lookup(all_keys), gather_with_grad((positive > 0) | appended)
+        own = rank() * len(batch) + torch.arange(rows, device=keys.device)
+        allowed = drawn.expand(rows, -1)
+        if self.hard_negatives:
+            shown = gather_with_grad((labelled > 0) & (positive == 0))
+            allowed = allowed | (shown & (gather_with_grad(batch.group_id) == batch.group_id[:rows, None]))
+        allowed = allowed & (row != NO_ROW) & (row != row[own][:, None])
+        log_expected = torch.where(drawn, self._log_expected(row, all_keys, global_sum((positive > 0).sum())), 0.0)
+        return Candidates(
+            users=users,
+            items=gather_with_grad(items),
+            own=own,
+            weight=positive[:rows],
+            allowed=allowed.scatter(1, own[:, None], True),
+            log_expected=log_expected,
+            uniform=gather_with_grad(appended),
         )
-        own = rank() * len(row) + torch.arange(rows, device=row.device)  # [B], each row's own column
-        scores = model.score(users, candidates.vectors)  # [B, C]
-        count = global_sum((weight > 0).sum())
-        logits = scores - torch.where(candidates.drawn, self._log_expected(candidates.row, keys, count), 0.0)
-        logits = logits.masked_fill(~self._allowed(candidates, row[:rows], own, batch.group_id[:rows]), -torch.inf)
-        losses = self._losses(logits, scores, own)
-        total = or_one(global_sum(weight.sum()))
-        first = (logits.detach().argmax(1) == own).float()
-        loss, hits = (world_size() * (weight * values).sum() / total for values in (losses, first))
-        return loss, Output(scores.gather(1, own[:, None]), users, users[:, None]), {"first": hits.detach()}
 
-    def _own_negatives(self) -> int:
+    def loss(self, scores: Tensor, drawn: Candidates) -> tuple[Tensor, Tensor]:
+        """The loss of scores [B, C] (this rank's share), and the share of rows whose own item has the highest one."""
+        logits = (scores - drawn.log_expected).masked_fill(~drawn.allowed, -torch.inf)
+        losses = self._losses(logits, scores, drawn.own)
+        total = or_one(global_sum(drawn.weight.sum()))
+        first = (logits.detach().argmax(1) == drawn.own).float()
+        loss, hits = (world_size() * (drawn.weight * values).sum() / total for values in (losses, first))
+        return loss, hits.detach()
+
+    @property
+    def own_negatives(self) -> int:
+        """Rows that `augment` puts behind this worker's batch."""
         return self.negatives // world_size()
 
     def _log_expected(self, row: Tensor, keys: Tensor, positives: Tensor) -> Tensor:
         """[C] log of how often each candidate's item is expected among those that are drawn."""
-        uniform = self._own_negatives() * world_size() / len(self.items)
+        uniform = self.own_negatives * world_size() / len(self.items)
         if self.log_q == "none":
             return torch.zeros((), device=row.device)
         if self.frequency is not None:
-            all_keys = gather_with_grad(keys)
             if self.training:
-                self.frequency.update(torch.where(row >= 0, all_keys, -1))
-            expected = self.frequency(all_keys).float()
+                self.frequency.update(torch.where(row >= 0, keys, -1))
+            expected = self.frequency(keys).float()
         else:
-            drawn = positives - 1 if self.refined else positives
-            expected = drawn * self.share[row.clamp(min=0)]
+            expected = (positives - 1 if self.refined else positives) * self.share[row.clamp(min=0)]
         return (expected + uniform).clamp(min=torch.finfo(torch.float32).tiny).log()
-
-    def _allowed(self, candidates: _Candidates, row: Tensor, own: Tensor, group: Tensor) -> Tensor:
-        """[B, C] the candidates of each row: not what is the same item in another place."""
-        allowed = candidates.drawn.expand(len(row), -1)
-        if self.hard_negatives:
-            allowed = allowed | (candidates.shown & (candidates.group == group[:, None]))
-        allowed = allowed & (candidates.row != NO_ROW) & (candidates.row != row[:, None])
-        return allowed.scatter(1, own[:, None], True)
 
     def _losses(self, logits: Tensor, scores: Tensor, own: Tensor) -> Tensor:
         """[B]."""
@@ -137,8 +146,22 @@ class SampledSoftmax(nn.Module):
         return torch.where(others == -torch.inf, 0.0, -(1 - probability) * (positive - others))
 
 
-class _Candidates:
-    """All ranks' candidates [C]: vectors, catalogue rows, whether they were drawn or shown to their group without the label."""
+@dataclass(frozen=True)
+class Candidates:
+    """What a step scores: B rows of this rank against C candidates of all ranks.
 
-    def __init__(self, vectors: Tensor, row: Tensor, drawn: Tensor, group: Tensor, shown: Tensor) -> None:
-        self.vectors, self.row, self.drawn, self.group, self.shown = vectors, row, drawn, group, shown
+    users: [B, K]. items: [C, K]. own: [B], each row's column. weight: [B], 0 for rows that are not positive. allowed: [B, C],
+    what is not the same item in another column. log_expected: [C]. uniform: [C], drawn from the whole catalogue.
+    """
+
+    users: Tensor
+    items: Tensor
+    own: Tensor
+    weight: Tensor
+    allowed: Tensor
+    log_expected: Tensor
+    uniform: Tensor
+
+    def output(self, scores: Tensor) -> Output:
+        """The rows' own scores as logits [B, 1]."""
+        return Output(scores.gather(1, self.own[:, None]), self.users, self.users[:, None])
