@@ -10,8 +10,8 @@ from raysys.train.export import export_run
 
 def main(config: Config) -> None:
     """Write the bundle and say where it is."""
-    checkpoint, output = (Path(config[key]) if config[key] else None for key in ("checkpoint", "output"))
-    print(f"bundle: {export_run(Path(config['run']), checkpoint, output)}")
+    paths = {key: Path(config[key]) if config[key] else None for key in ("checkpoint", "output", "artifacts")}
+    print(f"bundle: {export_run(Path(config['run']), quantize=config['quantize'], **paths)}")
 
 
 if __name__ == "__main__":

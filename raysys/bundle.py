@@ -1,12 +1,13 @@
 """The exported artefact: one model for serving, written, verified and loaded without a pickle.
 
 bundle/
-  model.safetensors       all weights of the plain model (never the objective's)
+  model.safetensors       all weights of the plain model (never the objective's); its metadata says how tables are stored
   config.json             the `model` node: its `_target_` names the class, resolved under allowed prefixes only
   schema.yaml             what a request's columns mean
   transforms/             vocabularies and normalisers
   calibration.json        the fitted map by task, empty where none was asked for
   metrics.json            metrics by split of the run that it comes from
+  artifacts/              whatever else serving needs: an index, codes (absent where there is none)
   manifest.json           sha256 of every file above, written last
 """
 
@@ -21,30 +22,44 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from raysys.config import Config, instantiate
 from raysys.data.transforms import Transforms
-from raysys.errors import UserError
+from raysys.errors import UserError, nearest
 from raysys.hashed_folder import files_of, find_damage, hash_files, read_json, read_manifest, write_manifest
+from raysys.models.quantized_tables import quantize_tables
 from raysys.nn.calibration import Calibrator, calibration_from_dict, correct_sampling
 from raysys.schema import FeatureSchema
 from raysys.strict_json import to_plain
 
 FORMAT_VERSION = 1
 ALLOWED_TARGETS = ("raysys.",)
+ARTIFACTS = "artifacts"
+FP32 = "fp32"
 
 
 @dataclass
 class Bundle:
-    """A model with all that turns raw rows into probabilities."""
+    """A model with all that turns raw rows into probabilities.
+
+    artifacts: the files of `artifacts/` by their path below it; they were verified when the bundle was loaded.
+    """
 
     model: nn.Module
     schema: FeatureSchema
     transforms: Transforms
     calibrators: dict[str, Calibrator]
     metrics: dict[str, Any]
+    artifacts: dict[str, Path]
+
+    def artifact(self, name: str) -> Path:
+        """Where an artifact is; raises UserError where the bundle has none of this name."""
+        if name not in self.artifacts:
+            raise UserError(f"the bundle has no artifact {name!r}", nearest(name, self.artifacts))
+        return self.artifacts[name]
 
     @torch.inference_mode()
     def predict(self, rows: pa.Table | pa.RecordBatch | list[dict[str, Any]]) -> Tensor:
@@ -76,16 +91,27 @@ def write_bundle(
     weights: Mapping[str, Tensor],
     calibration: Mapping[str, Mapping[str, Any]],
     metrics: Mapping[str, Any],
+    tables: str = FP32,
+    artifacts: Path | None = None,
 ) -> Path:
-    """Write a bundle beside `folder` and move it there when it is whole; what stood there before is replaced."""
+    """Write a bundle beside `folder` and move it there when it is whole; what stood there before is replaced.
+
+    tables: how `weights` has the embedding tables: fp32, or what they were quantised to. artifacts: a folder whose files
+    become those of `artifacts/`.
+    """
+    if artifacts is not None and not artifacts.is_dir():
+        raise UserError(f"{artifacts}: no such folder", "artifacts are the files of a folder")
     temporary = folder.with_name(folder.name + ".writing")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary / "model.safetensors")
+    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+    save_file(tensors, temporary / "model.safetensors", {"tables": tables})
     schema.save(temporary / "schema.yaml")
     transforms.save(temporary / "transforms")
     for name, content in (("config", model_config), ("calibration", calibration), ("metrics", metrics)):
         (temporary / f"{name}.json").write_text(json.dumps(to_plain(content), indent=1, sort_keys=True))
+    if artifacts is not None:
+        shutil.copytree(artifacts, temporary / ARTIFACTS)
     write_manifest(temporary, FORMAT_VERSION, hash_files(temporary, files_of(temporary)))
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
@@ -108,14 +134,26 @@ def load_bundle(folder: str | Path, allowed: Sequence[str] = ALLOWED_TARGETS) ->
     allowed: the prefixes under which its model class may stand; add your own package's to load a model of yours.
     """
     folder = Path(folder)
-    verify_bundle(folder)
+    hashes = verify_bundle(folder)
     schema = FeatureSchema.load(folder / "schema.yaml")
     model = instantiate(read_json(folder / "config.json"), allowed=allowed, schema=schema, device="meta")
-    model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
+    _load_weights(model, folder / "model.safetensors")
     return Bundle(
         model=model.eval(),
         schema=schema,
         transforms=Transforms.load(folder / "transforms"),
         calibrators=calibration_from_dict(read_json(folder / "calibration.json")),
         metrics=read_json(folder / "metrics.json"),
+        artifacts={
+            name.removeprefix(f"{ARTIFACTS}/"): folder / name for name in hashes if name.startswith(f"{ARTIFACTS}/")
+        },
     )
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    """The weights of a file in a model on "meta". They stay in the mapped file until they are used."""
+    with safe_open(path, "pt") as file:
+        tables = (file.metadata() or {}).get("tables", FP32)
+        if tables != FP32:
+            quantize_tables(model, tables)
+        model.load_state_dict({name: file.get_tensor(name) for name in file.keys()}, assign=True)  # noqa: SIM118

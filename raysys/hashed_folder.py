@@ -15,9 +15,11 @@ MANIFEST = "manifest.json"
 
 
 def files_of(folder: Path) -> list[str]:
-    """The relative paths of all files but the manifest, sorted."""
+    """The relative paths of all files but the manifest, sorted. A folder inside may have a file of that name, too."""
     return sorted(
-        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and path != folder / MANIFEST
     )
 
 

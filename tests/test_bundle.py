@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -15,13 +17,32 @@ import torch
 from raysys.bundle import load_bundle, verify_bundle
 from raysys.errors import UserError
 from raysys.hashed_folder import MANIFEST, files_of, hash_files, write_manifest
+from raysys.models.quantized_tables import FORMATS
 from raysys.train.export import export_run
+from raysys.train.metrics import Evaluator
 
 
 @pytest.fixture
 def bundle(tiny_run, tmp_path):
     """A copy of the bundle, to be damaged."""
     return shutil.copytree(tiny_run / "bundle", tmp_path / "bundle")
+
+
+@pytest.fixture(scope="module")
+def with_artifacts(tiny_run, tmp_path_factory):
+    """A bundle of int8 tables with an index and codes, only to be read."""
+    folder = tmp_path_factory.mktemp("artifacts")
+    (folder / "index" / "deep").mkdir(parents=True)
+    (folder / "index" / "deep" / "lists.bin").write_bytes(bytes(range(256)) * 100)
+    (folder / "index" / MANIFEST).write_text('{"kind": "ivf"}')
+    np.save(folder / "codes.npy", np.arange(12).reshape(4, 3))
+    output = tmp_path_factory.mktemp("bundles") / "bundle"
+    return export_run(tiny_run, output=output, quantize="int8", artifacts=folder)
+
+
+def is_table(name):
+    """Whether this parameter is a table of a TorchRec collection."""
+    return name.split(".")[-3:-2] in (["embedding_bags"], ["embeddings"])
 
 
 def rehash(folder):
@@ -74,11 +95,17 @@ def test_no_file_is_a_pickle(tiny_run):
         assert head == b"PAR1" or file.suffix != ".parquet"
 
 
-def test_every_changed_missing_or_added_file_is_named(bundle):
+def test_every_changed_cut_missing_or_added_file_is_named(with_artifacts, tmp_path):
+    bundle = shutil.copytree(with_artifacts, tmp_path / "bundle")
     names = files_of(bundle)
     assert verify_bundle(bundle).keys() == set(names)
+    assert {"artifacts/codes.npy", "artifacts/index/manifest.json", "artifacts/index/deep/lists.bin"} < set(names)
     for name in names:
         content = (bundle / name).read_bytes()
+        (bundle / name).write_bytes(content[:-1])
+        with pytest.raises(UserError) as caught:
+            load_bundle(bundle)
+        assert caught.value.message == f"{bundle / name} does not match its hash"
         (bundle / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(UserError) as caught:
             load_bundle(bundle)
@@ -88,11 +115,12 @@ def test_every_changed_missing_or_added_file_is_named(bundle):
             load_bundle(bundle)
         assert caught.value.message == f"{bundle / name} is missing"
         (bundle / name).write_bytes(content)
-    (bundle / "more.py").touch()
-    with pytest.raises(UserError) as caught:
-        load_bundle(bundle)
-    assert caught.value.message == f"{bundle / 'more.py'} is not in the manifest"
-    (bundle / "more.py").unlink()
+    for name in ("more.py", "artifacts/index/more.bin"):
+        (bundle / name).touch()
+        with pytest.raises(UserError) as caught:
+            load_bundle(bundle)
+        assert caught.value.message == f"{bundle / name} is not in the manifest"
+        (bundle / name).unlink()
     (bundle / MANIFEST).unlink()
     with pytest.raises(UserError, match=r"manifest\.json: no such file"):
         load_bundle(bundle)
@@ -130,6 +158,85 @@ def test_a_model_of_the_users_own_package_trains_and_loads_where_it_is_allowed(t
     found = bundle.predict(pq.read_table(tiny_data / "test.parquet"))
     expected = in_order_of_rows(folder / "predictions" / "test.parquet")["click_probability"].to_numpy()
     np.testing.assert_allclose(found[:, 0], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_artifacts_are_found_by_name(with_artifacts, tiny_run, tmp_path):
+    bundle = load_bundle(with_artifacts)
+    assert set(bundle.artifacts) == {"codes.npy", "index/manifest.json", "index/deep/lists.bin"}
+    assert np.load(bundle.artifact("codes.npy"), allow_pickle=False).tolist() == np.arange(12).reshape(4, 3).tolist()
+    assert bundle.artifact("index/deep/lists.bin").stat().st_size == 25_600
+    with pytest.raises(UserError, match=r"no artifact 'code\.npy'\n  hint: did you mean 'codes\.npy'"):
+        bundle.artifact("code.npy")
+    assert load_bundle(tiny_run / "bundle").artifacts == {}
+    with pytest.raises(UserError, match="nothing: no such folder"):
+        export_run(tiny_run, output=tmp_path / "bundle", artifacts=tmp_path / "nothing")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_nothing_is_unpickled(with_artifacts, tiny_run, tiny_data, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a pickle was read")
+
+    rows = pq.read_table(tiny_data / "test.parquet")
+    expected = load_bundle(tiny_run / "bundle").predict(rows)
+    for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+        monkeypatch.setattr(module, name, refuse)
+    with pytest.raises(AssertionError, match="a pickle was read"):
+        pickle.load(io.BytesIO(b""))
+    assert torch.equal(load_bundle(tiny_run / "bundle").predict(rows), expected)
+    assert load_bundle(with_artifacts).predict(rows).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantised_tables_take_their_bytes_on_disk_and_in_memory(tiny_run, tmp_path, kind):
+    plain = load_bundle(tiny_run / "bundle").model.state_dict()
+    path = export_run(tiny_run, output=tmp_path / "bundle", quantize=kind)
+    stored = load_bundle(path).model.state_dict()
+    tables = {name: value for name, value in plain.items() if is_table(name)}
+    assert len(tables) == 4
+    quantized = {name: value for name, value in stored.items() if value.dtype == torch.uint8}
+    expected = sum(len(table) * FORMATS[kind].row_bytes(table.shape[1]) for table in tables.values())
+    assert sum(value.nbytes for value in quantized.values()) == expected
+    for name, value in stored.items():  # the rest is as it was, and no table is there in fp32
+        assert name in quantized or torch.equal(value, plain[name]), name
+    assert not tables.keys() & stored.keys()
+    if kind == "int8":
+        assert expected <= 1.02 * sum(len(table) * (table.shape[1] + 8) for table in tables.values())
+    files = [folder / "model.safetensors" for folder in (path, tiny_run / "bundle")]
+    saved = files[1].stat().st_size - files[0].stat().st_size
+    of_names = 1000  # bytes: the header lists other tensors
+    assert abs(saved - (sum(table.nbytes for table in tables.values()) - expected)) < of_names
+
+
+def test_int8_tables_change_logits_by_what_half_a_step_of_each_weight_can(tiny_run, with_artifacts, tiny_data):
+    """|Δz| ≤ Σ |∂z/∂w| · step / 2 to first order; the second is allowed a tenth of that."""
+    plain, rounded = load_bundle(tiny_run / "bundle"), load_bundle(with_artifacts)
+    batch = plain.transforms.to_batch(pq.read_table(tiny_data / "test.parquet")[:60])
+    tables = [value for name, value in plain.model.named_parameters() if is_table(name)]
+    steps = [(value.amax(1) - value.amin(1))[:, None].detach() / 255 for value in tables]
+    logits = plain.model(batch).logits
+    with torch.no_grad():
+        found = (rounded.model(batch).logits - logits).abs()
+    for row in range(60):
+        for task in range(2):
+            gradients = torch.autograd.grad(logits[row, task], tables, retain_graph=True)
+            bound = sum(float((g.abs() * step).sum()) / 2 for g, step in zip(gradients, steps, strict=True))
+            assert found[row, task] <= 1.1 * bound + 1e-6
+    assert found.max() > 1e-5
+
+
+def test_int8_tables_change_ne_by_less_than_two_parts_in_ten_thousand(tiny_run, with_artifacts, tiny_data):
+    rows = pq.read_table(tiny_data / "test.parquet")
+    ne = {}
+    for name, folder in (("fp32", tiny_run / "bundle"), ("int8", with_artifacts)):
+        bundle = load_bundle(folder)
+        batch = bundle.transforms.to_batch(rows)
+        with torch.no_grad():
+            evaluator = Evaluator(bundle.schema)
+            evaluator.update(bundle.model(batch).logits, batch)
+        ne[name] = evaluator.compute()["tasks"]["click"]["ne"]
+    assert ne["int8"] == pytest.approx(ne["fp32"], rel=2e-4)
+    assert ne["int8"] != ne["fp32"]
 
 
 def test_loading_needs_neither_ray_nor_the_trainer(tiny_run):

@@ -31,6 +31,11 @@ def test_the_manifest_lists_every_file_with_its_sha256(folder):
     assert [path.name for path in folder.glob("*.tmp")] == []
 
 
+def test_a_manifest_further_down_is_a_file_like_any_other(folder):
+    (folder / "inner" / MANIFEST).write_text("{}")
+    assert files_of(folder) == [".hidden", f"inner/{MANIFEST}", "inner/weights"]
+
+
 def test_damage_names_the_file(folder):
     hashes = read_manifest(folder, 1)
     content = bytearray((folder / "inner" / "weights").read_bytes())

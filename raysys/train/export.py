@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from raysys.bundle import write_bundle
+from raysys.bundle import FP32, write_bundle
 from raysys.data.transforms import Transforms
 from raysys.errors import UserError
+from raysys.models.quantized_tables import quantize_tables
 from raysys.schema import FeatureSchema
 from raysys.train.checkpoint import list_checkpoints
 from raysys.train.job import Job
@@ -33,12 +34,23 @@ def open_run(folder: Path, checkpoint: Path | None = None) -> tuple[Job, dict[st
     return Job(record["config"], schema, transforms, folder, record["config"]["data"]["folder"], path), record
 
 
-def export_run(folder: Path, checkpoint: Path | None = None, output: Path | None = None) -> Path:
-    """Write the bundle of a run to `output` (default: `bundle` in its folder) and return its path."""
+def export_run(
+    folder: Path,
+    checkpoint: Path | None = None,
+    output: Path | None = None,
+    quantize: str | None = None,
+    artifacts: Path | None = None,
+) -> Path:
+    """Write the bundle of a run to `output` (default: `bundle` in its folder) and return its path.
+
+    quantize: int8 or int4 rows of the embedding tables; None keeps them in fp32. artifacts: a folder of files that go along.
+    """
     job, record = open_run(folder, checkpoint)
     step = job.train_step("cpu")
     assert job.resume is not None
     load_weights(job.resume, step)
+    if quantize is not None:
+        quantize_tables(step.model, quantize)
     return write_bundle(
         output or folder / "bundle",
         model_config=job.config["model"] | {"seed": job.seed},
@@ -47,4 +59,6 @@ def export_run(folder: Path, checkpoint: Path | None = None, output: Path | None
         weights=step.model.state_dict(),
         calibration=record.get("calibration") or {},
         metrics=record.get("metrics") or {},
+        tables=quantize or FP32,
+        artifacts=artifacts,
     )
