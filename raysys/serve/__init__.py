@@ -1,0 +1,1 @@
+"""Serving: from bundles to answers, and checks of what was answered."""
