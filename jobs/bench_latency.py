@@ -25,7 +25,6 @@ from bench_rival import THREADS
 from rich.console import Console
 from rich.table import Table
 
-from raysys.data.batch import Batch
 from raysys.models.flops import flops_per_row, full_batch
 from raysys.models.ranking.hiformer import Hiformer
 from raysys.report.format import count
@@ -72,7 +71,7 @@ def schema_of(features: int, dense: int, width: int) -> FeatureSchema:
 
 
 def take_turns(
-    models: Mapping[str, Callable[[Batch], object]], batch: Batch, rounds: int
+    models: Mapping[str, Callable[[Any], object]], batch: Any, rounds: int
 ) -> dict[str, list[tuple[float, float]]]:
     """Milliseconds of each model's answers by the wall clock and of CPU time, after two rounds that warm up."""
     turns: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
