@@ -19,7 +19,15 @@ from raysys.data.join import take_rows
 from raysys.errors import UserError
 from raysys.models.retrieval.base import RetrievalModel, scores_in_blocks
 from raysys.models.retrieval.baselines import CountBaselines
-from raysys.nn.collectives import gather_rows, gather_with_grad, global_max, on_first_rank, rank, world_size
+from raysys.nn.collectives import (
+    communication_device,
+    gather_rows,
+    gather_with_grad,
+    global_max,
+    on_first_rank,
+    rank,
+    world_size,
+)
 from raysys.schema import FeatureSchema
 
 _SCORES = 1 << 25  # of a block of users against all items: 128 MiB
@@ -72,7 +80,7 @@ class CatalogueEvaluator:
     def compute(self) -> dict[str, Any]:
         """{"tasks": {task: metrics}, "slices": {"item popularity": {range: {task: metrics}}}}, the same on every rank."""
         rows = gather_rows(torch.cat(self._found))
-        shown = global_max(self._shown.byte())
+        shown = global_max(self._shown.byte().to(communication_device())).cpu()
         return on_first_rank(lambda: self._report(rows, shown.bool().numpy()))
 
     def predictions(self) -> pa.Table:
