@@ -1,8 +1,8 @@
 """Check on one GPU what a machine without one cannot: `python jobs/gpu_check.py OUTPUT_FOLDER` (under 10 minutes).
 
 Parity of CPU and CUDA, NCCL with one rank, the fused Adam, tables in host memory with a cache, bfloat16, both pipelines, a
-checkpoint across devices, and the speed of the presets. Prints a table and writes gpu_check.json; exit status 1 where a
-check failed.
+checkpoint across devices, the speed of the presets, and what gpu_check_models.py has: every model, objective and dense
+optimiser, and Ray Train. Prints a table and writes gpu_check.json; exit status 1 where a check failed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from statistics import median
 from typing import Any
 
 import bench_bare
+import gpu_check_models
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -268,6 +269,8 @@ def main() -> int:
             for pipeline, precision in SPEEDS:
                 name = f"speed of {model}, {pipeline}, {precision}"
                 checks.check(name, partial(checks.speed, model, pipeline, precision))
+        for name, run in gpu_check_models.checks(Path(temporary) / "models", CUDA.type):
+            checks.check(name, run, gpu_check_models.LIMIT)
     device = {"device": torch.cuda.get_device_name(), "versions": versions(), "batch": BATCH}
     (output / "gpu_check.json").write_text(json.dumps(device | {"checks": checks.results}, indent=1, default=str))
     failed = [result["check"] for result in checks.results if not result["passed"]]
