@@ -13,6 +13,7 @@ store/
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -195,6 +196,17 @@ def _hash(keys: pa.Array, seed: int) -> NDArray[np.int64] | NDArray[np.uint64]:
     return hash_strings(text(keys), seed) if is_text(keys) else integers(keys)
 
 
+def _sort(keys: pa.Array) -> tuple[NDArray[np.int64], NDArray[Any], int]:
+    """The order of the rows, the hashes of their keys in that order, and the first seed of which no two are equal."""
+    for seed in itertools.count():
+        hashes = _hash(keys, seed)
+        order = np.argsort(hashes)
+        hashes = hashes[order]
+        if not (hashes[1:] == hashes[:-1]).any():
+            break
+    return order, hashes, seed
+
+
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
     """Be the one process that writes; wait for another one's end. The system frees the lock of a process that dies."""
@@ -206,12 +218,7 @@ def _writing(folder: Path) -> Iterator[None]:
 def _publish(folder: Path, rows: pa.Table, key: str) -> None:
     """Write the next version beside the others, move it among them when it is on the disk, and delete old ones."""
     batch = as_rows(rows, key)
-    keys, seed = batch[key], 0
-    hashes = _hash(keys, seed)
-    while len(np.unique(hashes)) < len(hashes):  # two texts of one hash: another seed parts them
-        seed += 1
-        hashes = _hash(keys, seed)
-    order = np.argsort(hashes)
+    order, hashes, seed = _sort(batch[key])
     number = max(_versions(folder), default=0) + 1
     for left in folder.glob("*.partial"):  # of a process that died
         shutil.rmtree(left)
@@ -220,7 +227,7 @@ def _publish(folder: Path, rows: pa.Table, key: str) -> None:
     batch = batch.take(pa.array(order))
     with pa.OSFile(str(partial / "rows.arrow"), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
         writer.write_batch(batch)
-    np.save(partial / "hashes.npy", hashes[order])
+    np.save(partial / "hashes.npy", hashes)
     (partial / "store.json").write_text(json.dumps({"key": key, "seed": seed}) + "\n")
     for path in partial.iterdir():
         _sync(path)
