@@ -26,6 +26,7 @@ import bench_result
 import numpy as np
 import psutil
 import pyarrow as pa
+import redis
 from bench_store_rivals import LMDB, Database, RocksDB, SQLite
 from numpy.typing import NDArray
 from rich.console import Console
@@ -83,13 +84,15 @@ def item_rows(count: int) -> pa.Table:
 def build(kind: str, place: str, count: int) -> dict[str, Any]:
     """Make a store of `count` rows; how long that took and what it takes of the disk (Redis: of the server's memory)."""
     rows = item_rows(count)
+    if kind == "Redis":
+        redis.Redis.from_url(place).flushdb()
     started = time.perf_counter()
     if kind == "Arrow":
         ArrowStore.create(place, rows, KEY)
     elif kind == "Redis":
         RedisStore.create(place, "bench", rows, KEY, timeout_s=30)
         seconds = time.perf_counter() - started
-        return {"build_s": seconds, "size_mib": RedisStore(place, "bench")._redis.info()["used_memory"] / 2**20}
+        return {"build_s": seconds, "size_mib": redis.Redis.from_url(place).info()["used_memory"] / 2**20}
     else:
         DATABASES[kind](Path(place), SCHEMA, KEY, writes=True).put(rows)
     seconds = time.perf_counter() - started
@@ -135,10 +138,10 @@ def write(kind: str, place: str, count: int) -> dict[str, Any]:
     }
 
 
-def measure(kind: str, count: int, redis: str | None) -> dict[str, Any]:
+def measure(kind: str, count: int, redis_url: str | None) -> dict[str, Any]:
     """All columns of one store of so many rows."""
     with tempfile.TemporaryDirectory() as folder, _processes(2) as two:
-        place = redis if kind == "Redis" and redis else str(Path(folder) / "store")
+        place = redis_url if kind == "Redis" and redis_url else str(Path(folder) / "store")
         row: dict[str, Any] = {"kind": kind, "rows": count}
         for step in (build, read):
             with _processes(1) as one:
