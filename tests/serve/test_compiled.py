@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 
 import pyarrow.parquet as pq
@@ -9,11 +10,17 @@ import pytest
 import torch
 
 from raysys.bundle import load_bundle
+from raysys.config import compose, instantiate
 from raysys.errors import UserError
 from raysys.models.ensemble.cetnet import CETNet
 from raysys.models.ranking.dcn import DCNv2
 from raysys.models.ranking.interformer import InterFormer
+from raysys.schema import Label
 from raysys.serve.compiled import CompiledRanker, compile_bundle
+
+RANKERS = (
+    "adatt autoint dcnv2 deepfm dhen din dlrm early_stage esmm finalmlp hiformer mmoe ple shared_bottom wukong xdeepfm"
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +63,18 @@ def test_models_that_cannot_be_compiled_are_named(plain):
         CompiledRanker(CETNet(schema, members={"a": DCNv2, "b": DCNv2}), schema)
     with pytest.raises(UserError, match="InterFormer cannot be compiled: Constraints violated"):
         CompiledRanker(InterFormer(schema, embedding_dim=16, heads=2), schema)
+
+
+@pytest.mark.experiment
+@pytest.mark.parametrize("name", RANKERS.split())
+def test_rankers_of_default_size_predict_what_they_did(plain, tiny_data, tiny_configs, name):
+    schema = dataclasses.replace(plain.schema, labels=(Label("click"), Label("conversion", required=False)))
+    config = compose(["data=tiny", f"model={name}"], "train", str(tiny_configs))["model"]
+    model = instantiate(config, schema=schema, seed=0, device="cpu").eval()
+    compiled = CompiledRanker(model, schema)
+    table = pq.read_table(tiny_data / "test.parquet")
+    for rows in (1, 2, 200):
+        batch = plain.transforms.to_batch(table[:rows], labels=False)
+        with torch.inference_mode():
+            found, expected = (torch.sigmoid(ranker(batch).logits) for ranker in (compiled, model))
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
