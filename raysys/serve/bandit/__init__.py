@@ -1,0 +1,1 @@
+"""Online Matching: retrieval that learns from feedback how good each item is for each cluster of users."""
