@@ -159,7 +159,7 @@ def test_two_members_of_one_kind_train_to_different_models(train_tiny):
         (["model=interformer"], "sequences", "InterFormer needs a sequence"),
         (["model=cetnet"], "sequences", "InterFormer needs a sequence"),
         (["model=din"], "sides", "DIN needs an item feature that shares a table with sequence 'seen'"),
-        (["model=early_stage"], "sides", "EarlyStage needs a dense or sparse feature of the item"),
+        (["model=early_stage"], "sides", "the model needs a feature of the item"),
         (["model=finalmlp", "model.contexts=[user, item]"], "sides", "contexts names 'user', but "),
         (["model=esmm"], "conversion", "ESMM needs a task for conversion, and there is no 'conversion'"),
     ],

@@ -17,7 +17,8 @@ from raysys.models.flops import flops_per_row
 from raysys.models.ranking.base import RankingModel
 
 ROOT = Path(__file__).parents[3]
-NAMES = sorted(path.stem for path in (ROOT / "configs/model").glob("*.yaml"))
+RETRIEVAL = "raysys.models.retrieval."
+NAMES = sorted(path.stem for path in (ROOT / "configs/model").glob("*.yaml") if RETRIEVAL not in path.read_text())
 SMALL = {"embedding_dim": 8, "bottom": [8]}
 
 
@@ -66,12 +67,12 @@ NEEDS = {
     "dense": {},
     "sparse": {
         "din": "schema: DIN needs an item feature that shares a table with sequence 'history'",
-        "early_stage": "schema: EarlyStage needs a dense or sparse feature of the item",
+        "early_stage": "schema: the model needs a feature of the item",
     },
     "sequences": NO_SEQUENCE,
     "all but ids": NO_SEQUENCE
     | {
-        "early_stage": "schema: EarlyStage needs a dense or sparse feature of the item",
+        "early_stage": "schema: the model needs a feature of the item",
         "esmm": "ESMM needs a task for conversion, and there is no 'conversion'",
     },
 }
