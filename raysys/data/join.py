@@ -39,7 +39,7 @@ def _combine(first: Batch, second: Batch, dense: Any, jagged: Any) -> Batch:
 
 def _concatenate(first: KeyedJaggedTensor, second: KeyedJaggedTensor) -> KeyedJaggedTensor:
     keys = first.keys()
-    lengths = torch.cat([part.lengths().view(len(keys), -1) for part in (first, second)], 1)  # [F, B1 + B2]
+    lengths = torch.cat([part.lengths().view(len(keys), part.stride()) for part in (first, second)], 1)  # [F, B1 + B2]
     weighted = first.weights_or_none() is not None
     return KeyedJaggedTensor(
         keys=keys,
@@ -59,8 +59,8 @@ def _interleave(first: KeyedJaggedTensor, second: KeyedJaggedTensor, a: Tensor, 
 
 def _take(jagged: KeyedJaggedTensor, rows: np.ndarray[Any, np.dtype[np.int64]]) -> KeyedJaggedTensor:
     keys = jagged.keys()
-    lengths = jagged.lengths().view(len(keys), -1).numpy()  # [F, B]
-    starts = jagged.offsets()[:-1].view(len(keys), -1).numpy()
+    lengths = jagged.lengths().view(len(keys), jagged.stride()).numpy()  # [F, B]
+    starts = jagged.offsets()[:-1].view(len(keys), jagged.stride()).numpy()
     taken = lengths[:, rows]
     places = torch.from_numpy(ranges(starts[:, rows].ravel().astype(np.int64), taken.ravel().astype(np.int64)))
     weights = jagged.weights_or_none()
