@@ -104,9 +104,9 @@ def insert_items(graph: Graph, items: Ids, vectors: Vectors, clusters_per_item: 
 def carry_over(old: Graph, new: Graph, threshold: float) -> Graph:
     """The next version after `old`: `new`, whose clusters have the ids of the old ones that they continue.
 
-    Old and new centroids are matched one to one so that the sum of cosines is largest (Kuhn 1955; cubic in the number of
-    clusters). A pair below `threshold` is none: that cluster gets an id that was never used, and starts without
-    statistics.
+    Old and new centroids whose cosine is at least `threshold` are matched one to one so that the sum of 1 + cosine is largest
+    (Kuhn 1955; cubic in the number of clusters). A cluster without a match gets an id that was never used, and starts
+    without statistics.
     """
     if not -1 <= threshold <= 1:
         raise UserError(f"threshold is {threshold}", "a cosine from -1 to 1 is expected, such as 0.9")
@@ -116,8 +116,9 @@ def carry_over(old: Graph, new: Graph, threshold: float) -> Graph:
             "build both from vectors of models of one width",
         )
     cosines = old.centroids @ new.centroids.T  # [C old, C new]
-    before, now = linear_sum_assignment(cosines, maximize=True)
-    kept = cosines[before, now] >= threshold
+    alike = cosines >= threshold
+    before, now = linear_sum_assignment(np.where(alike, 1 + cosines, 0), maximize=True)
+    kept = alike[before, now]
     clusters = np.full(len(new.clusters), NO_CLUSTER, np.int64)
     clusters[now[kept]] = old.clusters[before[kept]]
     fresh = clusters == NO_CLUSTER
