@@ -31,12 +31,14 @@ from raysys.data.transforms import Transforms
 from raysys.errors import UserError, nearest
 from raysys.hashed_folder import files_of, find_damage, hash_files, read_json, read_manifest, write_manifest
 from raysys.models.quantized_tables import quantize_tables
+from raysys.models.retrieval.base import RetrievalModel
 from raysys.nn.calibration import Calibrator, calibration_from_dict, correct_sampling
 from raysys.schema import FeatureSchema
 from raysys.strict_json import to_plain
 
 FORMAT_VERSION = 1
 ALLOWED_TARGETS = ("raysys.",)
+NO_PROBABILITIES = "encode_users and encode_items of its bundle's model give the vectors that an index is searched with"
 ARTIFACTS = "artifacts"
 FP32 = "fp32"
 
@@ -64,6 +66,8 @@ class Bundle:
     @torch.inference_mode()
     def predict(self, rows: pa.Table | pa.RecordBatch | list[dict[str, Any]]) -> Tensor:
         """Predictions [B, T] in float64 for raw rows: calibrated probabilities of binary tasks, values of regression tasks."""
+        if isinstance(self.model, RetrievalModel):
+            raise UserError(f"{type(self.model).__name__} retrieves: its scores are no probabilities", NO_PROBABILITIES)
         if isinstance(rows, list):
             batch = self.transforms.rows_to_batch(rows)
         else:

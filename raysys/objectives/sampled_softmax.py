@@ -30,7 +30,8 @@ class SampledSoftmax(nn.Module):
     and, with `hard_negatives`, the items that the row's own group was shown without the label. c(i) is how often an item is
     expected among the candidates that were drawn: positive rows · (its share of training positives) + negatives / N (Yi et al.,
     RecSys 2019, section 4; the mixture after Yang et al., WWW 2020). What was shown to the user is not drawn: c is 1 there.
-    Another row with the same item is no negative. The model's own scores, without the correction, are what is served.
+    Another row with the same item is no negative; of an item that fills much of a batch c then takes too much off, and it is
+    scored too high (by 0.7 at 40% of the rows). The model's own scores, without the correction, are what is served.
 
     log_q: where the share comes from: the counts of the training split, a streaming estimate of the probability to be in a batch
         (for logs without end), or none.

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import torch
 from torchrec.distributed.types import ShardingPlan
 
-from raysys.bundle import to_predictions
+from raysys.bundle import NO_PROBABILITIES, to_predictions
 from raysys.config import Config
 from raysys.data.batch import Batch
 from raysys.data.log import ParquetLog
@@ -47,6 +47,8 @@ def predict(run: Path, log_path: str, output: Path, trainer: Config, checkpoint:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is there already", "name a folder that does not exist")
     job, record = open_run(run, checkpoint)
+    if job.train.retrieval is not None:
+        raise UserError(f"{run} is a retrieval model, whose scores are no probabilities", NO_PROBABILITIES)
     writing = output.with_name(f"{output.name}.writing")
     job = dataclasses.replace(job, config=job.config | {"trainer": trainer}, folder=writing)
     shutil.rmtree(writing, ignore_errors=True)
