@@ -51,8 +51,10 @@ def print_summary(folder: Path, record: Mapping[str, Any], report: Path, console
         f"python jobs/train.py … run_id={folder.name} resume=auto   (the same command; it continues from this step)"
     )
     console.print("\nnext:")
+    retrieves = ((record.get("config") or {}).get("train") or {}).get("retrieval") is not None
+    first = [resume] if interrupted else [] if retrieves else [score]  # scores of retrieval are not predicted row by row
     for command in (
-        resume if interrupted else score,
+        *first,
         f"tensorboard --logdir {folder / 'tensorboard'}",
         "raysys runs" if folder.parent.resolve() == Path("runs").resolve() else f"raysys runs {folder.parent}",
     ):

@@ -23,6 +23,14 @@ def summary():
     return text
 
 
+def test_a_retrieval_run_is_not_scored_row_by_row(summary, tmp_path):
+    metrics = {"test": {"next": {"recall@10": 0.07, "ndcg@10": 0.04, "rows": 20}}}
+    config = {"train": {"retrieval": {"exclude": "seen"}}}
+    text = summary(tmp_path / "a", {"status": "finished", "metrics": metrics, "config": config})
+    assert "jobs/predict.py" not in text
+    assert "test next 0.0700 0.0400 20" in "\n".join(" ".join(line.split()) for line in text.splitlines())
+
+
 def test_a_finished_run_shows_its_metrics_and_how_to_score(summary, tmp_path):
     metrics = {"test": {"click": {"auc": 0.75, "ne": 0.9, "log_loss": 0.5, "rows": 2000}, "spend": {"rmse": 1.25}}}
     text = summary(tmp_path / "a", {"status": "finished", "metrics": metrics})
