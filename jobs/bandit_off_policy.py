@@ -22,8 +22,9 @@ from raysys.data.prepare.open_bandit import POLICIES, LoggedImpressions, read_lo
 from raysys.machine import commit_here
 from raysys.models.retrieval.indexes.exact import Exact
 from raysys.models.retrieval.indexes.index import Vectors
+from raysys.serve.bandit.build import build_graph
 from raysys.serve.bandit.edges import EdgeSums, sum_up, to_sums
-from raysys.serve.bandit.graph import Graph, build_graph
+from raysys.serve.bandit.graph import Graph
 from raysys.serve.bandit.off_policy import cross_fitted_rates, effective_size, evaluate
 from raysys.serve.bandit.policy import Floats, Policy, Snapshot, contexts, recommend
 from raysys.strict_json import to_plain

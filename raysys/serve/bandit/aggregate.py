@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 from numpy.typing import NDArray
 
 from raysys.errors import UserError, check_count
@@ -219,6 +220,21 @@ class Collector:
         joiner, arrays = self._joiner.state()
         facts = {"worker": self._worker, "sequences": self._sequences, "flushed": self._flushed}
         return facts | {"joiner": joiner}, arrays
+
+
+class Delivery:
+    """Hands messages to the aggregators and waits for all acknowledgements."""
+
+    def __init__(self, aggregators: Sequence[Any]) -> None:
+        self._aggregators = list(aggregators)
+
+    def __call__(self, messages: Sequence[Message], now: float) -> None:
+        """See `Collector`."""
+        calls = [
+            self._aggregators[message.shard].apply.remote(message.worker, message.sequence, message.delta, now)
+            for message in messages
+        ]
+        ray.get(calls)
 
 
 class _Log:

@@ -21,10 +21,11 @@ import ray
 from raysys.data.hashing import mix, spread
 from raysys.errors import UserError
 from raysys.models.retrieval.indexes.index import Ids, Vectors
-from raysys.serve.bandit.aggregate import Aggregator, Collector, Message, Part, Settings
+from raysys.serve.bandit.aggregate import Aggregator, Collector, Delivery, Part, Settings
+from raysys.serve.bandit.build import carry_over
 from raysys.serve.bandit.edges import Statistics
 from raysys.serve.bandit.feedback import Impressions, check_rewards
-from raysys.serve.bandit.graph import Graph, carry_over, insert_items, join_graphs
+from raysys.serve.bandit.graph import Graph, insert_items, join_graphs
 from raysys.serve.bandit.policy import Floats, Snapshot
 
 NAMESPACE = "raysys"
@@ -61,7 +62,7 @@ class OnlineMatching:
 
         aggregators = [actor(Aggregator, shard) for shard in range(settings.shards)]
         _answers([aggregator.facts.remote() for aggregator in aggregators])
-        send = _Send(aggregators)
+        send = Delivery(aggregators)
         collectors = [actor(Collector, number, send) for number in range(settings.collectors)]
         _answers([collector.facts.remote() for collector in collectors])
         return cls(aggregators, collectors)
@@ -156,20 +157,6 @@ class OnlineMatching:
         return spread(mix(ids.astype(np.uint64)), len(self._collectors))
 
 
-class _Send:
-    """Hands messages to the aggregators and waits for all acknowledgements."""
-
-    def __init__(self, aggregators: Sequence[Any]) -> None:
-        self._aggregators = list(aggregators)
-
-    def __call__(self, messages: Sequence[Message], now: float) -> None:
-        calls = [
-            self._aggregators[message.shard].apply.remote(message.worker, message.sequence, message.delta, now)
-            for message in messages
-        ]
-        _answers(calls)
-
-
 def join_parts(parts: Sequence[Part]) -> Snapshot:
     """The snapshot of parts of one version."""
     graph, edges = join_graphs([part.graph for part in parts])
@@ -181,9 +168,12 @@ def join_parts(parts: Sequence[Part]) -> Snapshot:
 
 
 def _answers(calls: Sequence[Any]) -> list[Any]:
-    """What calls return. Raises the UserError that one of them raised."""
+    """What calls return. Raises the UserError that one of them, or the start of its actor, raised."""
     try:
         return ray.get(list(calls))
+    except ray.exceptions.ActorDiedError as error:  # has the error of a start as text alone
+        message, _, hint = str(error).partition("UserError: ")[2].partition("\n  hint: ")
+        raise (UserError(message, hint.splitlines()[0]) if hint else error) from None
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         raise (UserError(cause.message, cause.hint) if isinstance(cause, UserError) else error) from None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from raysys.models.retrieval.indexes.exact import Exact
-from raysys.serve.bandit.graph import build_graph
+from raysys.serve.bandit.build import build_graph
 
 
 def unit(vectors):

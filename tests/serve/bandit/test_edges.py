@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from raysys.errors import UserError
+from raysys.serve.bandit.build import carry_over
 from raysys.serve.bandit.edges import Decay, EdgeSums, merge, sum_up, to_sums
-from raysys.serve.bandit.graph import carry_over, insert_items
+from raysys.serve.bandit.graph import insert_items
 
 EVENTS = 3000
 

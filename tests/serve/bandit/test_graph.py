@@ -9,7 +9,8 @@ import pytest
 
 from raysys.errors import UserError
 from raysys.models.retrieval.indexes.exact import Exact
-from raysys.serve.bandit.graph import build_graph, carry_over, insert_items, join_graphs, shard_of
+from raysys.serve.bandit.build import build_graph, carry_over
+from raysys.serve.bandit.graph import insert_items, join_graphs, shard_of
 
 
 def edges_of(graph):

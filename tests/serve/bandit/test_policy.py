@@ -9,8 +9,9 @@ import pytest
 
 from raysys.errors import UserError
 from raysys.models.retrieval.indexes.exact import Exact
+from raysys.serve.bandit.build import build_graph
 from raysys.serve.bandit.edges import Statistics
-from raysys.serve.bandit.graph import Graph, build_graph
+from raysys.serve.bandit.graph import Graph
 from raysys.serve.bandit.policy import Contexts, Policy, Snapshot, candidates, contexts, recommend, score
 
 
