@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from raysys.config import Config, run_job, validate
 from raysys.data.prepare.open_bandit import POLICIES, LoggedImpressions, read_log
@@ -113,10 +112,11 @@ def learn(graph: Graph, users: Vectors, log: LoggedImpressions, policy: Policy) 
 def choices(snapshot: Snapshot, policy: Policy, users: Vectors, items: int) -> Floats:
     """The probability [n, items] of each item: even among the `top_n` best."""
     rng = np.random.default_rng(0)  # of ties alone
-    best: NDArray[np.int64] = recommend(snapshot, users, policy, count=policy.top_n, generator=rng).item
-    target = np.zeros((len(users), items))
+    distinct, row = np.unique(users, axis=0, return_inverse=True)  # of 10,000 users some hundreds
+    best = recommend(snapshot, distinct, policy, count=policy.top_n, generator=rng).item
+    target = np.zeros((len(distinct), items))
     np.put_along_axis(target, best, 1 / policy.top_n, 1)
-    return target
+    return target[row]
 
 
 def table(figures: list[dict[str, Any]]) -> str:
