@@ -14,12 +14,14 @@ class StreamingFrequency(nn.Module):
     """Estimates the probability that an id is in a batch as 1 / the mean number of steps between its appearances.
 
     Yi et al. (RecSys 2019), algorithm 2: arrays A (step of the last appearance) and B (mean gap, moving average of rate
-    `rate`), indexed by a hash; with several hash functions the largest B counts, because collisions only shorten gaps. An id
-    that never came has the estimate 1 / `initial_gap`.
+    `rate`), indexed by a hash; with several hash functions the largest B counts, because collisions only shorten gaps. The
+    n-th appearance has at least the rate 1 / n (ours): B is the mean of all gaps at first, where a moving average would keep
+    most of its start for hundreds of appearances. An id that never came has the estimate 1 / `initial_gap`.
     """
 
     last: Tensor
     gap: Tensor
+    times: Tensor
     step: Tensor
 
     def __init__(self, size: int = 1 << 17, hashes: int = 2, rate: float = 0.01, initial_gap: float = 1000.0) -> None:
@@ -29,6 +31,7 @@ class StreamingFrequency(nn.Module):
         self.register_buffer("factors", torch.randint(1, 1 << 62, (hashes, 1), generator=generator) | 1)
         self.register_buffer("last", torch.zeros(hashes, size, dtype=torch.float64))
         self.register_buffer("gap", torch.full((hashes, size), float(initial_gap), dtype=torch.float64))
+        self.register_buffer("times", torch.zeros(hashes, size, dtype=torch.float64))
         self.register_buffer("step", torch.zeros((), dtype=torch.float64))
 
     @torch.no_grad()
@@ -36,9 +39,11 @@ class StreamingFrequency(nn.Module):
         """One step, with the ids [n] of its global batch, which must be the same on every rank; -1 is no id."""
         self.step += 1
         places = self._places(ids[ids >= 0].unique())  # [hashes, n]
-        for last, gap, place in zip(self.last, self.gap, places, strict=True):
+        for last, gap, times, place in zip(self.last, self.gap, self.times, places, strict=True):
             slots = place.unique()
-            gap[slots] += self.rate * (self.step - last[slots] - gap[slots])
+            times[slots] += 1
+            rate = (1 / times[slots]).clamp(min=self.rate)
+            gap[slots] += rate * (self.step - last[slots] - gap[slots])
             last[slots] = self.step
 
     def forward(self, ids: Tensor) -> Tensor:

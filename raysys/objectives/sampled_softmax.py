@@ -92,14 +92,15 @@ class SampledSoftmax(nn.Module):
         positive = labelled * (batch.labels[:, self.task] > 0)
         appended = torch.arange(len(batch), device=keys.device) >= rows
         all_keys = gather_with_grad(keys)  # [C], C = W (B + M)
-        row, drawn = self.lookup(all_keys), gather_with_grad((positive > 0) | appended)
+        row, chosen, uniform = self.lookup(all_keys), gather_with_grad(positive > 0), gather_with_grad(appended)
+        drawn = chosen | uniform
         own = rank() * len(batch) + torch.arange(rows, device=keys.device)
         allowed = drawn.expand(rows, -1)
         if self.hard_negatives:
             shown = gather_with_grad((labelled > 0) & (positive == 0))
             allowed = allowed | (shown & (gather_with_grad(batch.group_id) == batch.group_id[:rows, None]))
         allowed = allowed & (row != NO_ROW) & (row != row[own][:, None])
-        log_expected = torch.where(drawn, self._log_expected(row, all_keys, global_sum((positive > 0).sum())), 0.0)
+        log_expected = torch.where(drawn, self._log_expected(row, all_keys, chosen), 0.0)
         return Candidates(
             users=users,
             items=gather_with_grad(items),
@@ -107,7 +108,7 @@ class SampledSoftmax(nn.Module):
             weight=positive[:rows],
             allowed=allowed.scatter(1, own[:, None], True),
             log_expected=log_expected,
-            uniform=gather_with_grad(appended),
+            uniform=uniform,
         )
 
     def loss(self, scores: Tensor, drawn: Candidates) -> tuple[Tensor, Tensor]:
@@ -124,17 +125,17 @@ class SampledSoftmax(nn.Module):
         """Rows that `augment` puts behind this worker's batch."""
         return self.negatives // world_size()
 
-    def _log_expected(self, row: Tensor, keys: Tensor, positives: Tensor) -> Tensor:
-        """[C] log of how often each candidate's item is expected among those that are drawn."""
+    def _log_expected(self, row: Tensor, keys: Tensor, chosen: Tensor) -> Tensor:
+        """[C] log of how often each candidate's item is expected among those that are drawn; chosen: [C] positive rows."""
         uniform = self.own_negatives * world_size() / len(self.items)
         if self.log_q == "none":
             return torch.zeros((), device=row.device)
         if self.frequency is not None:
             if self.training:
-                self.frequency.update(torch.where(row >= 0, keys, -1))
+                self.frequency.update(torch.where(chosen, keys, -1))
             expected = self.frequency(keys).float()
         else:
-            expected = (positives - 1 if self.refined else positives) * self.share[row.clamp(min=0)]
+            expected = (chosen.sum() - int(self.refined)) * self.share[row.clamp(min=0)]
         return (expected + uniform).clamp(min=torch.finfo(torch.float32).tiny).log()
 
     def _losses(self, logits: Tensor, scores: Tensor, own: Tensor) -> Tensor:

@@ -31,6 +31,16 @@ def test_random_appearances_are_found_within_a_tenth_on_average(seed):
     torch.testing.assert_close(torch.stack(found).mean(0), share.double(), rtol=0.1, atol=0)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_it_is_near_after_some_tens_of_appearances_whatever_it_started_from(seed):
+    generator, share = torch.Generator().manual_seed(seed), torch.tensor([0.5, 0.2, 0.05]).repeat(100)
+    frequency = StreamingFrequency()
+    for _ in range(1000):
+        frequency.update(torch.arange(300)[torch.rand(300, generator=generator) < share])
+    ratio = (frequency(torch.arange(300)) / share).unflatten(0, (100, 3)).mean(0)
+    torch.testing.assert_close(ratio, torch.ones(3).double(), rtol=0.1, atol=0)
+
+
 def test_it_follows_a_change():
     frequency = StreamingFrequency(rate=0.05)
     feed(frequency, torch.tensor([2]), 1000)

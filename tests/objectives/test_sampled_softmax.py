@@ -176,6 +176,15 @@ def test_the_streaming_estimate_is_fed_in_training_only(model):
     assert int(loss.frequency.step) == 1
 
 
+def test_the_streaming_estimate_counts_items_of_positive_rows_alone(model):
+    loss = objective(log_q="streaming", negatives=24)
+    batch = loss.augment(rows([0, 1, 2, 3], [0, 3, 5, 7], [1, 1, 0, 1], [1, 1, 1, 0])[0], 0)
+    assert len(batch.extra["item"].unique()) > 5
+    loss(model, batch, embedded(batch))
+    seen = loss.frequency(torch.arange(ITEMS) * 10) > 0.5
+    assert seen.nonzero()[:, 0].tolist() == [0, 3]
+
+
 @pytest.mark.parametrize(
     ("keys", "message"), [({"negatives": -1}, "objective.negatives is -1"), ({"log_q": "count"}, "log_q is 'count'")]
 )
