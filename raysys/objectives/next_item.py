@@ -20,6 +20,7 @@ from raysys.schema import FeatureSchema
 
 if TYPE_CHECKING:
     from raysys.data.batch import Batch
+    from raysys.models.retrieval.base import RetrievalModel
 
 Loss = Literal["full", "sampled", "bce"]
 
@@ -63,39 +64,47 @@ class NextItem(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         return self.items.append(batch, torch.randint(len(self.items), (self.negatives,), generator=generator))
 
-    def forward(self, model: SASRec, batch: Batch, embedded: Embedded) -> tuple[Tensor, Output, dict[str, Tensor]]:
+    def forward(
+        self, model: RetrievalModel, batch: Batch, embedded: Embedded
+    ) -> tuple[Tensor, Output, dict[str, Tensor]]:
         """Loss (this rank's share) and the share of positions whose item came first among its candidates."""
+        if not isinstance(model, SASRec):
+            raise UserError(
+                f"NextItem learns from every event, and {type(model).__name__} has no such states", "model=sasrec"
+            )
         rows = len(batch) - (len(self.items) if self.loss == "full" else self.negatives)  # B
         own = embedded.rows(0, rows)
-        history, target, weight = self._targets(model, batch, rows)  # [B, L]
+        in_row, wanted, weight = self._targets(model, batch, rows)  # [B, L + 1], [B, L], [B, L]
         place = weight.nonzero(as_tuple=True)
         states = model.states(own)[place]  # [P, K]
         candidates = model.encode_items(embedded.rows(rows, len(batch)))  # [C, K]
-        in_row = torch.cat([history, target], 1)
-        losses, first = self._losses(model, own, states, candidates, target, in_row, place, batch)
+        losses, first = self._losses(model, own, states, candidates, wanted[place], in_row, place, batch)
         total = or_one(global_sum(weight.sum()))
         loss, hits = (world_size() * (weight[place] * values).sum() / total for values in (losses, first))
         users = states.detach()
         return loss, Output(losses.detach()[:, None], users, users[:, None]), {"first": hits.detach()}
 
     def _targets(self, model: SASRec, batch: Batch, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Encoded ids [B, L] of the events and of the item after each one, and the weight of each position: 0 where it has none."""
+        """Catalogue rows of all items of a row [B, L + 1] and of the item after each event [B, L], `NO_ROW` where there is none.
+
+        And the weight of each position [B, L]: 0 where nothing is learned.
+        """
         sequence = model.sequence
         assert batch.sequences is not None
         history = batch.sequences[sequence.features[0].name]
         length = history.lengths()[:rows, None].long()  # [B, 1]
         there = length_mask(length[:, 0], sequence.max_length)
-        ids = torch.zeros_like(there, dtype=torch.int64).masked_scatter(there, history.values())
-        place = torch.arange(sequence.max_length, device=ids.device)
+        had = torch.full_like(there, NO_ROW, dtype=torch.int64).masked_scatter(there, self.row_of_id[history.values()])
         item = batch.sparse[self.items.key]
-        last = torch.zeros_like(length[:, 0], dtype=torch.int64)
         present = item.lengths()[:rows] > 0
-        last[present] = item.values()[: int(present.sum())]
-        target = torch.where(place == length - 1, last[:, None], ids.roll(-1, 1))
-        weight = batch.weight[:rows, self.task, None]
-        positive = (batch.labels[:rows, self.task, None] > 0) & present[:, None]
-        known = self.row_of_id[target] != NO_ROW
-        return ids, target, weight * ((place < length - 1) | ((place == length - 1) & positive)) * known
+        last = torch.full_like(had[:, 0], NO_ROW)
+        last[present] = self.row_of_id[item.values()[: int(present.sum())]]
+        place = torch.arange(sequence.max_length, device=had.device)
+        wanted = torch.where(place == length - 1, last[:, None], had.roll(-1, 1))
+        positive = batch.labels[:rows, self.task, None] > 0
+        learned = (place < length - 1) | ((place == length - 1) & positive)
+        weight = batch.weight[:rows, self.task, None] * (learned & (wanted != NO_ROW))
+        return torch.cat([had, last[:, None]], 1), wanted, weight
 
     def _losses(
         self,
@@ -103,13 +112,12 @@ class NextItem(nn.Module):
         own: Embedded,
         states: Tensor,
         candidates: Tensor,
-        target: Tensor,
+        wanted: Tensor,
         in_row: Tensor,
         place: tuple[Tensor, ...],
         batch: Batch,
     ) -> tuple[Tensor, Tensor]:
         """[P] losses, and whether the item has the highest score of its candidates."""
-        wanted = self.row_of_id[target[place]]  # [P] catalogue rows
         if self.loss == "full":
             logits = states @ candidates.t()  # [P, N]
             return F.cross_entropy(logits, wanted, reduction="none"), (logits.argmax(1) == wanted).float()
@@ -118,20 +126,15 @@ class NextItem(nn.Module):
         following = torch.cat([events[:, 1:], events[:, :1]], 1)[place]
         positive = torch.where(last[:, None], own.tokens[place[0], 0], following)  # [P, K]
         score = (states * positive).sum(1)
-        drawn = self._drawn(batch, len(target))  # [M] catalogue rows
+        drawn = self.row_of_id[batch.sparse[self.items.key].values()[-self.negatives :]]  # [M] catalogue rows
         others = states @ candidates.t()  # [P, M]
         if self.loss == "sampled":
             others = others - float(np.log(len(drawn) / len(self.items)))
-            others = others.masked_fill(drawn == wanted[:, None], -torch.inf)
+            others = others.masked_fill((drawn == NO_ROW) | (drawn == wanted[:, None]), -torch.inf)
             both = torch.cat([score[:, None], others], 1)
             return -both.log_softmax(1)[:, 0], (both.argmax(1) == 0).float()
         one = torch.arange(len(score), device=score.device) % len(drawn)
-        clash = (self.row_of_id[in_row][place[0]] == drawn[one][:, None]).any(1)
+        clash = (drawn[one] == NO_ROW) | (in_row[place[0]] == drawn[one][:, None]).any(1)
         negative = others.gather(1, one[:, None])[:, 0]
         losses = F.softplus(-score) + F.softplus(negative).masked_fill(clash, 0.0)
         return losses, (score > negative).float()
-
-    def _drawn(self, batch: Batch, rows: int) -> Tensor:
-        """[M] the catalogue rows behind the batch."""
-        keys = batch.sparse[self.items.key]
-        return self.row_of_id[keys.values()[-self.negatives :]]
