@@ -138,21 +138,6 @@ def test_baselines_are_ranked_beside_the_model():
     assert ranks["click: co-occurrence_rank"].to_pylist() == [1]
 
 
-def test_baselines_by_hand():
-    scores = CountBaselines(np.array([0, 1, 2, 1, 2, 2, 3]), np.array([3, 2, 2]), 5).scores(
-        np.array([0, 1]), np.array([2, 0])
-    )
-    popularity = np.array([1, 2, 3, 1, 0]) / 4
-    np.testing.assert_allclose(scores["popularity"], [popularity, popularity], rtol=1e-6)
-    np.testing.assert_allclose(scores["last item (Markov)"][0], popularity + np.eye(5)[2] * 2, rtol=1e-6)
-    np.testing.assert_allclose(scores["last item (Markov)"][1], popularity, rtol=1e-6)
-    together = np.array([1 / np.sqrt(2), 1 / np.sqrt(2), 1 / np.sqrt(3) + 2 / np.sqrt(6), 0, 0])
-    found = scores["co-occurrence"][0]
-    np.testing.assert_allclose(found[:3], together[:3], atol=together[together > 0].min() / 2)
-    assert found.argmax() == 2
-    assert found[4] < found[3] < together[:3].min()
-
-
 def test_metrics_and_intervals_of_ranks():
     ranks = np.array([1, 2, 4, 100])
     metrics = rank_metrics(ranks, [2, 4])

@@ -31,7 +31,8 @@ class CountBaselines:
     def scores(self, history: Integers, length: Integers) -> dict[str, Floats]:
         """[R, N] by the name of a baseline, for R histories one after another, oldest item first.
 
-        Markov and co-occurrence are 0 for most items; popularity, on a scale below the smallest step, fills up.
+        Markov and co-occurrence are 0 for most items. Popularity fills up: on a scale below one transition it is added, and
+        where nothing co-occurs it stands below 0. A row's scores are the same whichever rows they are computed with.
         """
         popularity = (self.popularity / (self.popularity.max(initial=0) + 1)).astype(np.float32)
         owner = np.repeat(np.arange(len(length)), length)
@@ -42,9 +43,8 @@ class CountBaselines:
         root = np.sqrt(np.maximum(self._sequences_with, 1)).astype(np.float32)
         past = sparse.csr_array((1 / root[history], (owner, history)), (len(length), len(popularity)))
         together = (past @ self._together).toarray() / root
-        smallest = together[together > 0].min(initial=1.0)
         return {
             "popularity": np.broadcast_to(popularity, markov.shape),
             "last item (Markov)": markov + popularity,
-            "co-occurrence": together + popularity * smallest / 2,
+            "co-occurrence": np.where(together > 0, together, popularity - 1),
         }
