@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 from collections import Counter
 
 import numpy as np
@@ -10,11 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from raysys.config import compose, instantiate
 from raysys.data.log import ParquetLog
 from raysys.data.prepare.amazon_beauty import prepare
 from raysys.data.transforms import Transforms
 from raysys.errors import UserError
 from raysys.schema import FeatureSchema
+from raysys.train.retrieval import count_baselines
+from raysys.train.trainer import fit
+from raysys.train.trainer import prepare as start
 
 SPLITS = ("train", "valid", "test")
 ITEMS = 40
@@ -173,6 +178,83 @@ def test_train_rows_leaves_out_whole_users_of_all_splits(tmp_path, source):
         assert [row["item_id"] for row in table.to_pylist() if row["next"]] == positives
     with pytest.raises(UserError, match="train_rows is 1"):
         prepare(tmp_path / "none", source, train_rows=1)
+
+
+def test_seen_is_all_that_the_user_had_before_and_the_history_its_end(rows, sequences):
+    for row in (row for split in SPLITS for row in rows[split]):
+        assert row["seen"] == sequences[row["user_id"]][: int(row["history_length"])]
+        assert row["history_item"] == row["seen"][-20:]
+
+
+def test_without_negatives_and_with_one_row_a_user_the_other_rows_stay_as_they_are(tmp_path, source, rows, sequences):
+    prepare(tmp_path / "log", source, negatives=False, every_event=False, history_length=5)
+    found = {split: pq.read_table(tmp_path / "log" / f"{split}.parquet").to_pylist() for split in SPLITS}
+    trained = [user for user, items in sequences.items() if len(items) > 3]
+    assert [row["user_id"] for row in found["train"]] == trained
+    for split in SPLITS:
+        whole = {row["example_id"]: row for row in rows[split]}
+        for row in found[split]:
+            assert row.pop("history_item") == row["seen"][-5:]
+            assert row.items() <= whole[row["example_id"]].items()
+            assert row["next"] == 1
+    for row in found["train"]:
+        assert [*row["seen"], row["item_id"]] == sequences[row["user_id"]][:-2]
+    assert [len(found[split]) for split in ("valid", "test")] == [USERS, USERS]
+    assert FeatureSchema.load(tmp_path / "log" / "schema.yaml").sequences[0].max_length == 5
+
+
+def test_training_sequences_are_whole_whichever_rows_are_written(tmp_path, source, folder, sequences):
+    """What counting baselines are fitted on: of every user what stands before the validation item."""
+    prepare(tmp_path / "users", source, negatives=False, every_event=False)
+    expected = Counter(item for items in sequences.values() for item in items[:-2] if len(items) > 3)
+    for one in (folder, tmp_path / "users"):
+        run = start(config(one, tmp_path))
+        items = run.job.items()
+        counted = count_baselines(run.job, items)
+        assert dict(zip(items.keys.tolist(), counted.popularity.tolist(), strict=True)) == {
+            key: expected[key] for key in items.keys.tolist()
+        }
+
+
+@pytest.mark.experiment
+def test_counting_baselines_of_the_published_files(tmp_path, record_figure):
+    source = beauty_source()
+    prepare(tmp_path / "log", source, negatives=False)
+    schema = FeatureSchema.load(tmp_path / "log" / "schema.yaml")
+    train, valid, test = (pq.read_metadata(tmp_path / "log" / f"{split}.parquet").num_rows for split in SPLITS)
+    users, items = (table.num_embeddings - 1 for table in schema.tables[:2])
+    assert (users, items, train + valid + test + users) == (22_363, 12_101, 198_502)  # first items have no row
+    run = start(config(tmp_path / "log", tmp_path, "train.max_steps=1"))
+    found = fit(run, []).metrics["test"]
+    expected = {"popularity": 0.0110, "last item (Markov)": 0.0665, "co-occurrence": 0.0566}
+    for name, recall in expected.items():
+        record_figure(f"recall@10 of {name}", found[f"next: {name}"]["recall@10"])
+        assert found[f"next: {name}"]["recall@10"] == pytest.approx(recall, abs=0.0001)
+
+
+@pytest.mark.experiment
+def test_sasrec_learns_more_from_all_items_than_from_one_negative(tmp_path, record_figure):
+    source, found = beauty_source(), {}
+    for loss in ("full", "bce"):
+        given = [f"data.folder={tmp_path}/log", f"data.prepare.source={source}", f"runs_folder={tmp_path}/runs"]
+        settings = compose(["experiment=beauty_sasrec", *given, f"objective.loss={loss}", f"run_id={loss}"], "train")
+        instantiate(settings["data"]["prepare"])
+        found[loss] = fit(start(settings), []).metrics["test"]["next"]["recall@10"]
+        record_figure(f"recall@10 of SASRec, loss {loss}", found[loss])
+    assert found["full"] > found["bce"] + 0.015
+
+
+def config(folder, runs, *overrides):
+    given = [f"data.folder={folder}", "data.prepare=null", f"runs_folder={runs}/runs", "train.early_stopping=null"]
+    return compose(["experiment=beauty_two_tower", *given, *overrides], "train")
+
+
+def beauty_source():
+    """The folder of the published files: they may not be passed on, so who has them says where."""
+    source = os.environ.get("AMAZON_BEAUTY")
+    if source is None:
+        pytest.skip("AMAZON_BEAUTY=FOLDER names the folder with sequences.txt.gz and items.parquet")
+    return source
 
 
 @pytest.mark.parametrize(
