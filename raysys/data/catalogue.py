@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raysys.data.batch import Batch
-from raysys.data.columns import integers, whole
+from raysys.data.columns import Source, integers, whole
 from raysys.data.filesystem import resolve
 from raysys.data.join import append_rows, take_rows
 from raysys.data.log import ParquetLog
-from raysys.data.roles import roles
+from raysys.data.sides import fill_other_sides, side_columns
 from raysys.data.transforms import Transforms
 from raysys.errors import UserError, first_line, nearest
 from raysys.schema import Catalogue, FeatureSchema
@@ -28,7 +27,7 @@ NO_ROW = -1
 
 @dataclass(frozen=True, eq=False)
 class CatalogueItems:
-    """N items. The features of users and contexts are empty in `batch`, its labels are masked and its weights 0.
+    """N items. The features of users and contexts are null in `batch`, its labels are masked and its weights 0.
 
     key: the column that names an item. keys: [N] int64, what it holds. task: the label that makes a row positive.
     counts: [N] int64, how often each is the item of a positive row of the training split.
@@ -67,9 +66,9 @@ class KeyLookup(torch.nn.Module):
 
 
 def read_items(folder: str, schema: FeatureSchema) -> pa.Table:
-    """The catalogue's file as it is: one row per item, checked for the key. Raises UserError naming file and row."""
+    """The catalogue's file as it is: one row per item, checked for the key and the item features. Raises UserError."""
     catalogue = catalogue_of(schema)
-    path = f"{folder.rstrip('/')}/{catalogue.file}"
+    path = _path(folder, catalogue)
     filesystem, root = resolve(path)
     try:
         table = pq.read_table(root, filesystem=filesystem)
@@ -80,8 +79,11 @@ def read_items(folder: str, schema: FeatureSchema) -> pa.Table:
         ) from None
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read as parquet: {first_line(error)}") from None
-    if catalogue.key not in table.column_names:
-        raise UserError(f"{path}: column {catalogue.key!r} is missing", nearest(catalogue.key, table.column_names))
+    for name in (catalogue.key, *side_columns(schema, "item")):
+        if name not in table.column_names:
+            raise UserError(f"{path}: column {name!r} is missing", nearest(name, table.column_names))
+    if not table.num_rows:
+        raise UserError(f"{path}: no rows", "write one row per item")
     key = whole(table[catalogue.key])
     if not pa.types.is_integer(key.type) or key.null_count:
         raise UserError(
@@ -95,9 +97,10 @@ def read_items(folder: str, schema: FeatureSchema) -> pa.Table:
     return table
 
 
-def encode_items(table: pa.Table, schema: FeatureSchema, transforms: Transforms) -> Batch:
-    """The item features of catalogue rows as a batch; what a catalogue does not have is empty."""
-    batch = transforms.to_batch(with_blanks(table, schema), labels=False)
+def encode_items(table: pa.Table, schema: FeatureSchema, transforms: Transforms, name: str) -> Batch:
+    """The item features of catalogue rows as a batch; those of other sides are null. name: of the table in errors."""
+    rows = transforms.encode(fill_other_sides(table, schema, "item"), Source(name), labels=False)
+    batch = transforms.collate([(rows, 0, len(rows))], len(rows))
     batch.example_id.fill_(-1)
     return batch
 
@@ -106,20 +109,11 @@ def load_catalogue(
     folder: str, schema: FeatureSchema, transforms: Transforms, train: ParquetLog, task: str
 ) -> CatalogueItems:
     """The catalogue of a data set with the counts of its training split."""
-    table = read_items(folder, schema)
-    key = catalogue_of(schema).key
-    keys = integers(whole(table[key].cast(pa.int64())))
-    return CatalogueItems(key, keys, task, _count(keys, key, train, task), encode_items(table, schema, transforms))
-
-
-def with_blanks(rows: pa.Table, schema: FeatureSchema) -> pa.Table:
-    """The rows with an empty column for every one of the schema's that they lack: users without items, items without users."""
-    extra = {column.name: column for column in schema.extra}
-    needed = {role.column for role in roles(schema, labels=False) if not role.optional}
-    for name in schema.columns(labels=False):
-        if name in needed and name not in rows.column_names:
-            rows = rows.append_column(name, _blank(extra.get(name), rows.num_rows))
-    return rows
+    table, catalogue = read_items(folder, schema), catalogue_of(schema)
+    keys = integers(whole(table[catalogue.key]))
+    counts = _count(keys, catalogue.key, train, task)
+    batch = encode_items(table, schema, transforms, _path(folder, catalogue))
+    return CatalogueItems(catalogue.key, keys, task, counts, batch)
 
 
 def positives(rows: pa.Table | pa.RecordBatch, task: str) -> pa.Array:
@@ -137,22 +131,15 @@ def catalogue_of(schema: FeatureSchema) -> Catalogue:
     return schema.catalogue
 
 
-def _blank(extra: Any, rows: int) -> pa.Array:
-    if extra is None:
-        return pa.nulls(rows)
-    if extra.kind == "ids":
-        return pa.ListArray.from_arrays(pa.array(np.zeros(rows + 1, np.int32)), pa.array([], pa.int64()))
-    if extra.kind == "vector":
-        flat = pa.array(np.zeros(rows * extra.width, np.float32))
-        return pa.FixedSizeListArray.from_arrays(flat, extra.width)
-    return pa.array(np.zeros(rows, np.int64)) if extra.kind == "int" else pa.nulls(rows, pa.float32())
+def _path(folder: str, catalogue: Catalogue) -> str:
+    return f"{folder.rstrip('/')}/{catalogue.file}"
 
 
 def _count(keys: NDArray[np.int64], key: str, train: ParquetLog, task: str) -> NDArray[np.int64]:
     order = np.argsort(keys)
     counts = np.zeros(len(keys), np.int64)
     for rows in train.iter_batches(columns=list(dict.fromkeys([key, task]))):
-        shown = integers(whole(rows[key]).filter(positives(rows, task)).cast(pa.int64()))
+        shown = integers(whole(rows[key]).filter(positives(rows, task)))
         place = np.minimum(np.searchsorted(keys, shown, sorter=order), len(keys) - 1)
         found = order[place]
         unknown = keys[found] != shown

@@ -6,7 +6,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from raysys.data.catalogue import with_blanks
 from raysys.data.difference import differing_rows
 from raysys.data.join import append_rows, take_rows
 from raysys.data.log import ParquetLog
@@ -43,13 +42,3 @@ def test_rows_taken_are_the_batch_of_those_rows(log, seed):
     order = np.random.default_rng(seed).integers(0, 100, 150)
     taken = take_rows(transforms.to_batch(table.slice(0, 100)), torch.from_numpy(order))
     assert same(taken, transforms.to_batch(table.take(pa.array(order))), schema)
-
-
-def test_blanks_are_empty_bags_and_defaults(log):
-    schema, transforms, table = log
-    batch = transforms.to_batch(with_blanks(table.select(["item", "brand"]).slice(0, 20), schema), labels=False)
-    whole = transforms.to_batch(table.slice(0, 20))
-    for name in ("item", "brand"):
-        assert torch.equal(batch.sparse[name].values(), whole.sparse[name].values())
-    assert batch.sparse["tags"].lengths().sum() == 0
-    assert batch.sequences["history"].lengths().sum() == 0
