@@ -10,6 +10,7 @@ from raysys.data.catalogue import CatalogueItems
 from raysys.errors import UserError
 from raysys.models.retrieval.base import RetrievalModel
 from raysys.models.retrieval.baselines import CountBaselines
+from raysys.nn.collectives import rank, world_size
 from raysys.schema import ExtraColumn, FeatureSchema, Label
 from raysys.train.recall import CatalogueEvaluator, rank_intervals, rank_metrics
 
@@ -57,7 +58,7 @@ def rows(users, keys, positive, seen, example_id=None):
 
 def catalogue(size=5, keys=KEYS):
     batch = rows(list(range(size)), [0] * size, [0] * size, [[] for _ in range(size)])
-    return CatalogueItems("item", np.asarray(keys), "click", np.array([0, 6, 21, 3, 20] * (size // 5)), batch)
+    return CatalogueItems("item", np.asarray(keys), "click", np.resize([0, 6, 21, 3, 20], size), batch)
 
 
 def evaluator(scores, items=None, at=(1, 2), exclude="seen", baselines=None):
@@ -136,6 +137,43 @@ def test_baselines_are_ranked_beside_the_model():
     assert ranks["click: last item (Markov)_rank"].to_pylist() == [1]
     assert ranks["click: popularity_rank"].to_pylist() == [1]
     assert ranks["click: co-occurrence_rank"].to_pylist() == [1]
+
+
+SIZE, USERS = 53, 40
+
+
+def ranked_here():
+    """The report of 7 batches, and the ranks of those of this rank, each W-th; many items have the same score."""
+    rng, batches = np.random.default_rng(0), []
+    for number in range(7):
+        seen = [rng.choice(SIZE, rng.integers(0, 9), replace=False).tolist() for _ in range(11)]
+        users, wanted = rng.integers(0, USERS, 11).tolist(), rng.integers(0, SIZE, 11).tolist()
+        ids = list(range(11 * number, 11 * number + 11))
+        batches.append(rows(users, wanted, (rng.random(11) < 0.7).astype(int).tolist(), seen, ids))
+    batches += [rows([0], [0], [0], [[]], [-1])] * (-7 % world_size())  # every rank has as many
+    scores = torch.from_numpy(rng.integers(0, 20, (USERS, SIZE))).float()
+    counted = CountBaselines(rng.integers(0, SIZE, 300), np.full(60, 5), SIZE)
+    found = evaluator(scores, catalogue(SIZE, np.arange(SIZE)), at=(1, 5), baselines=counted)
+    for batch in batches[rank() :: world_size()]:
+        found.update(batch)
+    return found.compute(), found.predictions().to_pylist()
+
+
+def test_any_number_of_ranks_finds_the_same(gloo):
+    ((report, ranks),) = gloo.run(1, ranked_here)
+    assert 0 < report["tasks"]["click"]["recall@5"] < 1
+    assert len(report["tasks"]) == 4
+    for workers in (2, 3):
+        answers = gloo.run(workers, ranked_here)
+        together = [row for _, found in answers for row in found]
+        assert sorted(together, key=lambda row: row["example_id"]) == ranks
+        for other, _ in answers:
+            assert other["tasks"].keys() == report["tasks"].keys()
+            for task, metrics in report["tasks"].items():
+                assert other["tasks"][task] == pytest.approx(metrics, rel=1e-12)
+                for label, part in report["slices"]["item popularity"].items():
+                    part_of_other = other["slices"]["item popularity"][label][task]
+                    assert part_of_other == pytest.approx(part[task], rel=1e-12, nan_ok=True)
 
 
 def test_metrics_and_intervals_of_ranks():

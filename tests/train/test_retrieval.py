@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +16,8 @@ from raysys.config import compose
 from raysys.errors import UserError
 from raysys.report.html import write_report
 from raysys.train.export import export_run
+from raysys.train.launch import Worker
+from raysys.train.loop import TrainLoop
 from raysys.train.predict import predict
 from raysys.train.trainer import fit, prepare
 
@@ -132,6 +136,52 @@ def test_a_resumed_run_goes_on_to_the_same_weights(name, config):
     a, b = (load_bundle(export_run(one)).model.state_dict() for one in (whole, again))
     for key, value in a.items():
         torch.testing.assert_close(b[key], value, rtol=0, atol=1e-6)
+
+
+def train_here(prepared, folder):
+    """Losses of all steps, and what is measured in the end, on this rank."""
+    events, job = [], dataclasses.replace(prepared.job, folder=folder)
+    loop = TrainLoop(Worker(job, torch.device("cpu"), events.append, lambda: False), prepared.plan)
+    loop.run()
+    losses = [event["loss"] for event in events if event["event"] == "step"]
+    return losses, loop.evaluate("test", predictions=folder / "ranks", baselines=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("two_tower", ["objective.negatives=0"]),
+        ("two_tower", ["objective.negatives=0", "objective.refined=true", "objective.log_q=streaming"]),
+        ("two_tower", ["objective.negatives=0", "objective.hard_negatives=true", "data.keep_groups_whole=true"]),
+        ("sasrec", ["model.dropout=0"]),
+        ("sasrec", ["model.dropout=0", "data.keep_groups_whole=true"]),
+    ],
+)
+def test_any_number_of_workers_trains_and_measures_the_same(name, overrides, data, config, gloo, tmp_path):
+    """Losses stay together for 12 steps, so gradients are those of the global batch; a quarter of the rows is no positive."""
+    folder, found = tmp_path / "data", {}
+    shutil.copytree(data, folder)
+    train = pq.read_table(data / "train.parquet")
+    shown = pa.array((train["row"].to_numpy() % 4 > 0).astype(np.int8))
+    pq.write_table(train.set_column(train.column_names.index("click"), "click", shown), folder / "train.parquet")
+    for workers in (1, 2, 3):
+        trainer = ["trainer=local"] if workers == 1 else ["trainer=ray", f"trainer.workers={workers}"]
+        settings = ["train.max_steps=12", "train.log_every=1", "train.evaluation_batch_size=16", "train.epochs=9"]
+        prepared = prepare(config(name, *overrides, *trainer, *settings, folder=folder))
+        found[workers] = gloo.run(workers, train_here, prepared, tmp_path / f"run{workers}")
+    ((losses, one),) = found[1]
+    assert losses[-1] < losses[0]
+    for others, evaluation in (*found[2], *found[3]):
+        np.testing.assert_allclose(others, losses, rtol=1e-4)
+        for task, metrics in one.tasks.items():  # weights differ by rounding, which may swap two items
+            assert evaluation.tasks[task] == pytest.approx(metrics, abs=0.02 if task == "click" else 1e-12)
+    first, *others = (
+        pq.read_table(tmp_path / f"run{workers}" / "ranks").sort_by("example_id") for workers in (1, 2, 3)
+    )
+    assert first.num_rows == USERS
+    for other in others:
+        assert other.drop_columns("click_rank").equals(first.drop_columns("click_rank"))
+        assert abs(other["click_rank"].to_numpy() - first["click_rank"].to_numpy()).max() <= 1
 
 
 @pytest.mark.parametrize(
