@@ -52,7 +52,9 @@ def print_summary(folder: Path, record: Mapping[str, Any], report: Path, console
     )
     console.print("\nnext:")
     retrieves = ((record.get("config") or {}).get("train") or {}).get("retrieval") is not None
-    first = [resume] if interrupted else [] if retrieves else [score]  # scores of retrieval are not predicted row by row
+    first = (
+        [resume] if interrupted else [] if retrieves else [score]
+    )  # scores of retrieval are not predicted row by row
     for command in (
         *first,
         f"tensorboard --logdir {folder / 'tensorboard'}",
