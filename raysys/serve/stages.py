@@ -20,7 +20,6 @@ from raysys.models.retrieval.base import RetrievalModel
 from raysys.models.retrieval.indexes.index import NO_ITEM, Ids
 from raysys.schema import FeatureSchema, Side
 from raysys.serve.release import ITEMS, Release
-from raysys.serve.store import fill_defaults
 
 USER_SIDES: tuple[Side, ...] = ("user", "context")
 
@@ -112,13 +111,13 @@ class RankerStage:
         found = self._items.take(np.concatenate(items)).select(self.columns)
         for name, column in zip(self.columns, found.columns, strict=True):
             rows = rows.append_column(name, column)
-        return with_defaults(fill_other_sides(rows, schema, "user", "context", "item"), schema)
+        return fill_other_sides(rows, schema, *USER_SIDES, "item")
 
 
 def encode_users(bundle: Bundle, users: pa.Table) -> Batch:
     """Users [U] as a batch without items."""
     rows = fill_other_sides(known_columns(users, bundle.schema), bundle.schema, *USER_SIDES)
-    return bundle.transforms.to_batch(with_defaults(rows, bundle.schema), labels=False)
+    return bundle.transforms.to_batch(rows, labels=False)
 
 
 def known_columns(users: pa.Table, schema: FeatureSchema) -> pa.Table:
@@ -126,9 +125,3 @@ def known_columns(users: pa.Table, schema: FeatureSchema) -> pa.Table:
     names = side_columns(schema, *USER_SIDES)
     given = set(users.column_names)
     return pa.table({name: users[name] if name in given else pa.nulls(len(users)) for name in names})
-
-
-def with_defaults(rows: pa.Table, schema: FeatureSchema) -> pa.Table:
-    """Rows with the schema's defaults in the place of nulls."""
-    batches = rows.combine_chunks().to_batches()
-    return pa.Table.from_batches([fill_defaults(batch, schema) for batch in batches], rows.schema)
