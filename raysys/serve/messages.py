@@ -39,10 +39,10 @@ class RecommendRequest(Message):
     """
 
     user: User
-    count: int = Field(10, ge=1, le=MAX_ITEMS, strict=True)
+    count: int = Field(default=10, ge=1, le=MAX_ITEMS, strict=True)
     context: Context = {}
-    exclude: list[Item] = Field([], max_length=MAX_ITEMS)
-    deadline_ms: float | None = Field(None, gt=0, le=60_000)
+    exclude: list[Item] = Field(default=[], max_length=MAX_ITEMS)
+    deadline_ms: float | None = Field(default=None, gt=0, le=60_000)
     explain: bool = False
 
 
@@ -50,9 +50,9 @@ class RetrieveRequest(Message):
     """The first stage alone; see `RecommendRequest`."""
 
     user: User
-    count: int = Field(100, ge=1, le=MAX_ITEMS, strict=True)
+    count: int = Field(default=100, ge=1, le=MAX_ITEMS, strict=True)
     context: Context = {}
-    exclude: list[Item] = Field([], max_length=MAX_ITEMS)
+    exclude: list[Item] = Field(default=[], max_length=MAX_ITEMS)
 
 
 class RankRequest(Message):

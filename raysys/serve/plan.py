@@ -37,7 +37,7 @@ class Plan:
     def assign(self, user: int | str) -> str:
         """The version that answers this user."""
         digest = hashlib.blake2b(f"{type(user).__name__}:{user}".encode(), digest_size=8).digest()
-        point, version = int.from_bytes(digest, "big") / 2**64, ""
+        point = int.from_bytes(digest, "big") / 2**64
         for version, share in self.traffic.items():
             point -= share
             if point < 0 and share > 0:

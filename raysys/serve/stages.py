@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -25,11 +26,40 @@ USER_SIDES: tuple[Side, ...] = ("user", "context")
 
 
 @dataclass(frozen=True)
+class Call:
+    """What a stage is asked. user: a row [1]. items: candidates that come in. exclude: items that must not come out."""
+
+    version: str
+    user: pa.Table
+    count: int = 0
+    items: Ids = field(default_factory=lambda: np.zeros(0, np.int64))
+    exclude: Ids = field(default_factory=lambda: np.zeros(0, np.int64))
+
+
+@dataclass(frozen=True)
 class Candidates:
     """Items [n] of one user, best first, and their scores [n]: of retrieval, or logits of the early stage."""
 
     ids: Ids
     scores: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """values: [n, T] in the order of the call's items. tasks: T names. task: the column by which items are ordered."""
+
+    values: NDArray[np.float64]
+    tasks: tuple[str, ...]
+    task: int
+
+
+class Stage(Protocol):
+    """What all three stages do."""
+
+    def __init__(self, release: Release, threads: int = 1, allowed: Sequence[str] = ALLOWED_TARGETS) -> None: ...
+
+    def answer(self, users: pa.Table, calls: Sequence[Call]) -> Sequence[Candidates | Predictions]:
+        """The outcome of each of U calls. users: [U], their rows together. Raises UserError where one is at fault."""
 
 
 class RetrieverStage:
@@ -40,6 +70,10 @@ class RetrieverStage:
         assert isinstance(self._bundle.model, RetrievalModel)
         self._model = self._bundle.model
         self._index = release.index(self._model, threads)
+
+    def answer(self, users: pa.Table, calls: Sequence[Call]) -> list[Candidates]:
+        """See `Stage.answer`: the best `count` items but those of `exclude`."""
+        return self.retrieve(users, [call.count for call in calls], [call.exclude for call in calls])
 
     @torch.inference_mode()
     def retrieve(self, users: pa.Table, count: Sequence[int], exclude: Sequence[Ids]) -> list[Candidates]:
@@ -57,7 +91,7 @@ class RetrieverStage:
 class EarlyRankerStage:
     """The early stage's order of candidates, from vectors of all items that are computed once."""
 
-    def __init__(self, release: Release, allowed: Sequence[str] = ALLOWED_TARGETS) -> None:
+    def __init__(self, release: Release, threads: int = 1, allowed: Sequence[str] = ALLOWED_TARGETS) -> None:
         self._bundle = release.bundle("early_ranker", allowed)
         assert isinstance(self._bundle.model, EarlyStage)
         self._model = self._bundle.model
@@ -66,6 +100,10 @@ class EarlyRankerStage:
         batch = encode_items(self._items.rows, self._bundle.schema, self._bundle.transforms, ITEMS)
         with torch.inference_mode():
             self._encoded = self._model.encode_items(self._model.embed(batch))
+
+    def answer(self, users: pa.Table, calls: Sequence[Call]) -> list[Candidates]:
+        """See `Stage.answer`: the best `count` of `items`."""
+        return self.rank(users, [call.items for call in calls], [call.count for call in calls])
 
     @torch.inference_mode()
     def rank(self, users: pa.Table, candidates: Sequence[Ids], count: Sequence[int]) -> list[Candidates]:
@@ -85,11 +123,17 @@ class EarlyRankerStage:
 class RankerStage:
     """The final ranker's calibrated predictions of user and item together."""
 
-    def __init__(self, release: Release, allowed: Sequence[str] = ALLOWED_TARGETS) -> None:
+    def __init__(self, release: Release, threads: int = 1, allowed: Sequence[str] = ALLOWED_TARGETS) -> None:
         self._bundle = release.bundle("final_ranker", allowed)
         self._items = release.items()
         self.tasks = self._bundle.schema.tasks
+        self._task = self.tasks.index(release.task)
         self.columns = side_columns(self._bundle.schema, "item")
+
+    def answer(self, users: pa.Table, calls: Sequence[Call]) -> list[Predictions]:
+        """See `Stage.answer`: predictions for `items`."""
+        found = self.predict(users, [call.items for call in calls])
+        return [Predictions(values.numpy(), self.tasks, self._task) for values in found]
 
     def predict(self, users: pa.Table, items: Sequence[Ids]) -> list[Tensor]:
         """For users [U] predictions [n_u, T] of their items, as `Bundle.predict` gives them.

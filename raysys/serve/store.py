@@ -42,14 +42,19 @@ Found: TypeAlias = tuple[pa.RecordBatch, NDArray[np.bool_]]
 
 
 class FeatureStore(Protocol):
-    """Rows by key. `schema` has the columns and their types, `key` is the name of the key's: 64-bit integers or text.
+    """Rows by key. A reader stays with its version until `refresh`."""
 
-    version: of the rows that are read, larger for every later one. A reader stays with its version until `refresh`.
-    """
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns and their types."""
 
-    schema: pa.Schema
-    key: str
-    version: int
+    @property
+    def key(self) -> str:
+        """The name of the key's column: 64-bit integers or text."""
+
+    @property
+    def version(self) -> int:
+        """Of the rows that are read, larger for every later one."""
 
     def __len__(self) -> int: ...
 

@@ -1,0 +1,48 @@
+"""The Ray Serve application: `serve run raysys.serve.app:build releases='{v1: releases/v1}' …`, or a config file of `serve deploy`.
+
+Everything that changes while it runs is `user_config`: of the stages the releases that they hold, of the cascade the plan.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from raysys.serve.cascade import Cascade
+from raysys.serve.http import make_api, read_keys
+from raysys.serve.plan import Plan
+from raysys.serve.replica import StageReplica
+from raysys.serve.settings import AppSettings, StageSettings, read_settings
+from raysys.serve.stages import EarlyRankerStage, RankerStage, RetrieverStage, Stage
+
+INGRESS = "Cascade"
+
+
+def build(config: dict[str, Any]) -> Application:
+    """The application of these settings; see `AppSettings`. Raises UserError before anything starts."""
+    settings = read_settings(config)
+    plan = Plan(settings.releases, settings.traffic, settings.shadow)
+    keys = read_keys(settings.http.api_keys) if settings.http.api_keys else []
+    releases = {"releases": plan.releases}
+
+    def stage(name: str, kind: type[Stage], how: StageSettings) -> Application:
+        deployment = serve.deployment(
+            name=name, user_config=releases, health_check_period_s=5, health_check_timeout_s=30, **how.options()
+        )(StageReplica)
+        return deployment.bind(kind, how.batch.model_dump(), tuple(settings.allowed))
+
+    ingress = serve.deployment(
+        name=INGRESS, user_config=_plan_of(settings), health_check_period_s=5, **settings.ingress.options()
+    )(serve.ingress(make_api(settings.http, keys))(Cascade))
+    return ingress.bind(
+        settings.cascade.model_dump(),
+        stage("Retriever", RetrieverStage, settings.retriever),
+        stage("EarlyRanker", EarlyRankerStage, settings.early_ranker),
+        stage("Ranker", RankerStage, settings.ranker),
+    )
+
+
+def _plan_of(settings: AppSettings) -> dict[str, Any]:
+    return {"releases": settings.releases, "traffic": settings.traffic, "shadow": settings.shadow}
