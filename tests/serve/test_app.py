@@ -10,7 +10,9 @@ import pyarrow as pa
 import pytest
 import requests
 
-from raysys.serve.messages import Models, RankBatchAnswer, Ranking, Recommendation
+from raysys.errors import UserError
+from raysys.serve.client import Client
+from raysys.serve.messages import Models, RankBatchAnswer, Ranking, RankRequest, Recommendation
 from raysys.serve.stages import EarlyRankerStage, RankerStage, RetrieverStage
 from raysys.serve.store import ArrowStore
 
@@ -158,3 +160,24 @@ def test_a_short_deadline_shortens_the_work_and_still_answers(post):
         assert len(found["items"]) == 4
         assert not found["complete"]
     assert post("/v1/recommend", {"user": 3, "count": 4}).json()["complete"]
+
+
+def test_the_client_speaks_all_of_it(served):
+    with Client(served, KEY) as client:
+        found = client.recommend(3, 4, context={"hour": 5}, exclude=[1], explain=True)
+        assert len(found.items) == 4
+        candidates = client.retrieve(3, 6)
+        ids = [item.item for item in candidates.items]
+        ranking = client.rank(3, ids, context={"hour": 5})
+        assert sorted(item.item for item in ranking.items) == sorted(ids)
+        batch = client.rank_batch([RankRequest(user=3, items=ids, context={"hour": 5}), RankRequest(user=4, items=ids)])
+        np.testing.assert_allclose([i.score for i in batch[0].items], [i.score for i in ranking.items], rtol=1e-5)
+        assert client.models().versions[0].version == "v1"
+        with pytest.raises(UserError, match="count: "):
+            client.recommend(3, 0)
+        with pytest.raises(UserError, match="an integer is expected"):
+            client.recommend("three")
+    with Client(served, "wrong") as stranger, pytest.raises(UserError, match="a valid key"):
+        stranger.models()
+    with Client(served + "/elsewhere", KEY) as lost, pytest.raises(UserError, match="Not Found"):
+        lost.models()
