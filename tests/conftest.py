@@ -71,16 +71,16 @@ RECORDED_VERSIONS = ("torch", "torchrec", "fbgemm-gpu", "ray", "numpy")
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(tiny_package: Path) -> Iterator[None]:
-    """A local Ray with 4 logical CPUs, shared by the whole session: a second one on a machine disturbs the first."""
+def ray_cluster(tiny_package: Path) -> Iterator[str]:
+    """The address of the dashboard of a local Ray with 4 logical CPUs, shared by the whole session: a second one disturbs it."""
     import ray
 
     with pytest.MonkeyPatch.context() as patch:
         for name, value in RAY_ENVIRONMENT.items():
             patch.setenv(name, value)
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(tiny_package), os.environ.get("PYTHONPATH", "")]))
-        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-        yield
+        context = ray.init(address="local", num_cpus=4, include_dashboard=True, log_to_driver=False)
+        yield f"http://{context.dashboard_url}"
         ray.shutdown()
 
 

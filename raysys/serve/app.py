@@ -18,6 +18,7 @@ from raysys.serve.settings import AppSettings, StageSettings, read_settings
 from raysys.serve.stages import EarlyRankerStage, RankerStage, RetrieverStage, Stage
 
 INGRESS = "Cascade"
+STAGES = ("Retriever", "EarlyRanker", "Ranker")
 
 
 def build(config: dict[str, Any]) -> Application:

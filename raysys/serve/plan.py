@@ -28,8 +28,8 @@ class Plan:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Plan:
-        """From plain data with the keys `releases`, `traffic` and `shadow`."""
-        unknown = set(config) - {"releases", "traffic", "shadow"}
+        """From plain data with the keys `releases`, `traffic` and `shadow`; `previous`, the plan before, is not read."""
+        unknown = set(config) - {"releases", "traffic", "shadow", "previous"}
         if unknown:
             raise UserError(f"unknown key {sorted(unknown)[0]!r}", "releases, traffic and shadow are known")
         return cls(config.get("releases", {}), config.get("traffic", {}), config.get("shadow"))

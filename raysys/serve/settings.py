@@ -23,7 +23,7 @@ class BatchSettings(Settings):
     threads: int = Field(default=1, ge=1)
 
 
-class StageSettings(Settings):
+class ReplicaSettings(Settings):
     """min_replicas, max_replicas: Serve scales between them so that each has about `target_ongoing` calls.
 
     max_ongoing: calls that a replica takes at a time. max_queued: calls that may wait for one; more are refused.
@@ -36,7 +36,6 @@ class StageSettings(Settings):
     max_ongoing: int = Field(default=32, ge=1)
     max_queued: int = Field(default=64, ge=0)
     num_cpus: float = Field(default=0.25, ge=0)
-    batch: BatchSettings = BatchSettings()
 
     def options(self) -> dict[str, Any]:
         """Arguments of `Deployment.options`."""
@@ -51,6 +50,12 @@ class StageSettings(Settings):
             "max_queued_requests": self.max_queued,
             "ray_actor_options": {"num_cpus": self.num_cpus},
         }
+
+
+class StageSettings(ReplicaSettings):
+    """Replicas that compute batches."""
+
+    batch: BatchSettings = BatchSettings()
 
 
 class CascadeSettings(Settings):
@@ -88,7 +93,7 @@ class AppSettings(Settings):
     retriever: StageSettings = StageSettings()
     early_ranker: StageSettings = StageSettings()
     ranker: StageSettings = StageSettings()
-    ingress: StageSettings = StageSettings(max_ongoing=256, max_queued=256)
+    ingress: ReplicaSettings = ReplicaSettings(max_ongoing=256, max_queued=256)
     allowed: list[str] = []
 
 
