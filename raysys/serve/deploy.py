@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+from ray.exceptions import AuthenticationError
 
 from raysys.bundle import ALLOWED_TARGETS
 from raysys.errors import UserError, first_line, nearest
@@ -35,6 +36,11 @@ class Deployment:
         self.wait_s = wait_s
         try:
             self._client = ServeSubmissionClient(address)
+        except AuthenticationError:
+            raise UserError(
+                f"{address}: the cluster asks for its token",
+                "set RAY_AUTH_MODE=token; the token is that of ~/.ray/auth_token or RAY_AUTH_TOKEN",
+            ) from None
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(f"{address}: {first_line(error)}", "the address of a cluster's dashboard") from None
 
