@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -51,7 +50,3 @@ class ItemTable:
         rows = self.rows.take(pa.array(place, mask=place < 0))
         column = rows.column_names.index(self.key)
         return rows.set_column(column, self.key, pa.array(keys).cast(rows.schema.field(column).type))
-
-    def describe(self, keys: NDArray[np.int64], columns: list[str]) -> list[dict[str, Any]]:
-        """What a person may want to see of each item."""
-        return self.take(keys).select(columns).to_pylist()
