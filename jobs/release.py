@@ -1,0 +1,38 @@
+"""A release for serving: `python jobs/release.py retriever=runs/A early_ranker=runs/B final_ranker=runs/C output=releases/v1`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from raysys.config import Config, instantiate, run_job
+from raysys.models.retrieval.base import RetrievalModel
+from raysys.models.retrieval.hsnn import HSNN
+from raysys.models.retrieval.indexes.hierarchical import Hierarchical
+from raysys.models.retrieval.indexes.index import Index
+from raysys.serve.release import STAGES, build_release
+from raysys.train.export import export_run, open_run
+
+
+def main(config: Config) -> None:
+    """Export the bundles that are not there yet, build the index, and write the release."""
+    bundles = {}
+    for stage in STAGES:
+        folder = Path(config[stage])
+        is_exported = (folder / "bundle" / "manifest.json").exists()
+        bundles[stage] = folder / "bundle" if is_exported else export_run(folder)
+    data = config["data"] or open_run(Path(config["retriever"]))[0].config["data"]["folder"]
+    output = Path(config["output"])
+
+    def make_index(model: RetrievalModel) -> Index | Hierarchical:
+        if isinstance(model, HSNN):
+            return Hierarchical(model, beams=config["beams"])
+        index: Index = instantiate(config["index"], dim=model.width)
+        return index
+
+    version = config["version"] or output.name
+    release = build_release(output, version, bundles, data, make_index, config["task"])
+    print(f"release {release.version}: {release.folder}, {len(release.items()):,} items ordered by {release.task}")
+
+
+if __name__ == "__main__":
+    run_job(main, "release", __doc__)
