@@ -10,11 +10,13 @@ from raysys.models.retrieval.hsnn import HSNN
 from raysys.models.retrieval.indexes.hierarchical import Hierarchical
 from raysys.models.retrieval.indexes.index import Index
 from raysys.serve.release import STAGES, build_release
+from raysys.serve.store import ArrowStore
+from raysys.serve.users import user_rows
 from raysys.train.export import export_run, open_run
 
 
 def main(config: Config) -> None:
-    """Export the bundles that are not there yet, build the index, and write the release."""
+    """Export the bundles that are not there yet, build the index, write the release, and the user store where it is named."""
     bundles = {}
     for stage in STAGES:
         folder = Path(config[stage])
@@ -32,6 +34,10 @@ def main(config: Config) -> None:
     version = config["version"] or output.name
     release = build_release(output, version, bundles, data, make_index, config["task"])
     print(f"release {release.version}: {release.folder}, {len(release.items()):,} items ordered by {release.task}")
+    if config["users"] is not None:
+        users, key = user_rows(data, [release.bundle(stage).schema for stage in STAGES], release.key)
+        ArrowStore.create(config["users"], users, key)
+        print(f"user store: {config['users']}, {len(users):,} users by {key}")
 
 
 if __name__ == "__main__":

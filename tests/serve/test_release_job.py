@@ -13,6 +13,7 @@ import pytest
 from raysys.models.retrieval.indexes.hnsw import HNSW
 from raysys.serve.release import Release
 from raysys.serve.stages import RetrieverStage
+from raysys.serve.store import ArrowStore
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,8 +26,9 @@ def run_job(monkeypatch, *arguments):
 def test_a_release_of_three_runs(stage_bundles, release, tmp_path, monkeypatch, capsys):
     runs = [f"{stage}={bundle.parent}" for stage, bundle in stage_bundles().items()]
     index = "index._target_=raysys.models.retrieval.indexes.hnsw.HNSW"
-    run_job(monkeypatch, *runs, f"output={tmp_path / 'v7'}", index)
+    run_job(monkeypatch, *runs, f"output={tmp_path / 'v7'}", f"users={tmp_path / 'users'}", index)
     assert "release v7" in capsys.readouterr().out
+    assert len(ArrowStore(tmp_path / "users")) == 50
     made = Release.open(tmp_path / "v7")
     model = made.bundle("retriever").model
     assert isinstance(made.index(model), HNSW)
