@@ -12,6 +12,7 @@ from raysys.errors import UserError
 
 _SCALE_MOMENTUM, _USAGE_MOMENTUM = 0.99, 0.95
 _K_MEANS_STEPS = 10
+_CODED = 1 << 16  # vectors at a time: distances of a million to 500 nodes would take 2 GB
 
 
 class Assignment(NamedTuple):
@@ -67,6 +68,9 @@ class ResidualNodes(nn.Module):
     @torch.no_grad()
     def codes(self, vectors: Tensor) -> Tensor:
         """[n, D] → [n, L]: the nearest node of each level."""
+        return torch.cat([self._codes(part) for part in vectors.split(_CODED)])
+
+    def _codes(self, vectors: Tensor) -> Tensor:
         residual, codes = vectors, []
         for nodes in self.nodes:
             code = squared_distances(residual, nodes).argmin(1)

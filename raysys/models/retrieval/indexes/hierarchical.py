@@ -80,6 +80,11 @@ class Hierarchical:
     def __len__(self) -> int:
         return len(self._ids)
 
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """Coarse first; the last one's `first` counts items, in the order of `codes`."""
+        return tuple(self._levels)
+
     def add(self, ids: Ids, vectors: Vectors) -> None:
         """See `Index.add`. vectors: [n, K], as the model's `encode_items` gives them."""
         ids, vectors = check_items(ids, vectors, self.dim)
