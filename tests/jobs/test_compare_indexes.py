@@ -122,3 +122,17 @@ def test_what_is_not_there_is_named(job, capsys):
         job.main(compose(["set=items"], "compare_indexes"))
     job.main(compose(["set=beauty", "record=/nonexistent/record.json"], "compare_indexes"))
     assert "beauty is left out: give sources.amazon_beauty=FOLDER" in capsys.readouterr().out
+
+
+@pytest.mark.experiment
+def test_ten_thousand_items(job, tmp_path):
+    """As recorded: most of what scoring everything finds for a fraction of it, even use of nodes, and a gap that closes."""
+    given = ["set=items_1e4", "sets.items_1e4.seeds=[0]", f"runs_folder={tmp_path}", f"record={tmp_path}/record.json"]
+    job.main(compose(given, "compare_indexes"))
+    figures = json.loads((tmp_path / "record.json").read_text())["sets"]["items_1e4"]["0"]
+    found = figures["rows"]["hsnn"]
+    assert found["recall"] >= 0.8
+    assert found["scored"] < 0.15 * figures["items"]
+    assert all(used >= 0.5 * nodes for used, nodes in zip(found["usage"], found["nodes"], strict=True))
+    gaps = [[level["gap"] for level in point["auc"]] for point in figures["curriculum"]]
+    assert all(last < first for first, last in zip(gaps[0], gaps[-1], strict=True))
