@@ -73,10 +73,10 @@ def compare(config: Config, name: str, seed: int) -> Figures:
         rows |= compared.em_update(Snapshots(runs["hsnn_em"]))
     rows |= compared.two_towers(Snapshots(runs["two_tower"]))
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command(config, name),
         "commit": commit_here(),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "overrides": overrides(config, name, "hsnn", seed),
+        "overrides": {kind: overrides(config, name, kind, seed) for kind in runs},
         "items": len(compared.items),
         "queries": len(compared.test.own),
         "seconds": {kind: seconds(folder) for kind, folder in runs.items()},
@@ -143,6 +143,7 @@ class Comparison:
     def two_towers(self, run: Snapshots) -> dict[str, Figures]:
         """Every inner product, and inverted lists with as many compared items as the HSNN scores."""
         items, valid, test = self.vectors(run)
+        assert torch.equal(test.own, self.test.own)
         vectors, queries = items.numpy(), test.users.numpy()
         exact, lists = Exact(vectors.shape[1]), InvertedLists(vectors)
         exact.add(np.arange(len(vectors)), vectors)
@@ -197,7 +198,7 @@ class Comparison:
 
 def train(config: Config, name: str, kind: str, seed: int) -> Path:
     """Train one run in this process, unless it is finished, and return its folder."""
-    prepared_config = compose(overrides(config, name, kind, seed))
+    prepared_config = compose([*overrides(config, name, kind, seed), *place(config, name, kind, seed)])
     instantiate(prepared_config["data"]["prepare"])
     prepared = prepare(prepared_config)
     record = read_record(prepared.job.folder)
@@ -209,15 +210,19 @@ def train(config: Config, name: str, kind: str, seed: int) -> Path:
 
 
 def overrides(config: Config, name: str, kind: str, seed: int) -> list[str]:
-    """What the run of one model is composed of."""
+    """What decides the run of one model."""
     node = config["sets"][name]
-    folder = Path(config["runs_folder"]).resolve() / name
-    model = flat(models_of(config, name)[kind])
-    shared = [*(config["made_up"] if node["made_up"] else []), *config["all_runs"], *node["overrides"], f"seed={seed}"]
+    shared = [*(config["made_up"] if node["made_up"] else []), *config["all_runs"], *node["overrides"]]
     nodes = [f"model.nodes={node['nodes']}"] if kind.startswith("hsnn") else []
-    data = [f"data.folder={folder}/data-{seed}", f"data.prepare.seed={seed}"]
-    data += [f"data.prepare.source={config['sources'][node['source']]}"] if "source" in node else []
-    return [*model, *shared, *nodes, *data, f"runs_folder={folder}", f"run_id={kind}-{seed}", "resume=auto"]
+    return [*flat(models_of(config, name)[kind]), *shared, *nodes, f"data.prepare.seed={seed}", f"seed={seed}"]
+
+
+def place(config: Config, name: str, kind: str, seed: int) -> list[str]:
+    """Where the run of one model and its data are. Experiments of one data set may prepare it each in its way."""
+    node, folder = config["sets"][name], Path(config["runs_folder"]).resolve() / name
+    data = folder / (f"data-{seed}" if node["made_up"] else f"data-{kind}-{seed}")
+    source = [f"data.prepare.source={config['sources'][node['source']]}"] if "source" in node else []
+    return [f"data.folder={data}", *source, f"runs_folder={folder}", f"run_id={kind}-{seed}", "resume=auto"]
 
 
 def models_of(config: Config, name: str) -> dict[str, list[str | list[str]]]:
@@ -229,6 +234,13 @@ def models_of(config: Config, name: str) -> dict[str, list[str | list[str]]]:
 def flat(overrides: list[str | list[str]]) -> list[str]:
     """With the entries of a list in the list's place."""
     return [one for entry in overrides for one in (entry if isinstance(entry, list) else [entry])]
+
+
+def command(config: Config, name: str) -> str:
+    """How the job was started, without where the data was."""
+    text = shlex.join(["python", *sys.argv])
+    source = config["sources"].get(config["sets"][name].get("source"))
+    return text if source is None else text.replace(str(source), "FOLDER")
 
 
 def hsnn_of(run: Snapshots) -> HSNN:

@@ -22,7 +22,8 @@ TINY = [
     f"sets.items_1e4.overrides=['data.prepare.items={ITEMS}','data.prepare.train_rows=600','data.prepare.queries=40','data.shards=2']",
     "made_up=['data=synthetic_catalogue','train.retrieval={at: [20]}','train.batch_size=100','train.epochs=2']",
     "towers=['model.embedding_dim=8','model.bottom=[8]','model.deep=[8]','model.width=8','objective.negatives=50']",
-    "hierarchy=['model=hsnn','objective=hsnn','model.hidden=[8]','train.checkpoint.every_steps=4']",
+    "models.hsnn=['model=hsnn','objective=hsnn','${towers}','model.hidden=[8]','train.checkpoint.every_steps=4']",
+    "models.hsnn_em=['model=hsnn','objective=hsnn','objective.update=em','${towers}','model.hidden=[8]']",
     "negatives=50",
 ]
 
