@@ -103,6 +103,11 @@ class Comparison:
         valid, test = (run.queries(split, self.node["queries"]) for split in ("valid", "test"))
         return run.items(), valid, test
 
+    def seen(self, items: Tensor) -> Tensor:
+        """What k-means after training sees of the items."""
+        random = torch.Generator().manual_seed(self.seed)
+        return items[torch.randperm(len(items), generator=random)[: self.config["centroid_items"]]]
+
     def hierarchies(self) -> dict[str, Figures]:
         """The learned one at the beams of the rule, which say what may be scored, and those of k-means after training."""
         model, items, valid, test = hsnn_of(self.hsnn), self.items, self.valid, self.test
@@ -116,10 +121,8 @@ class Comparison:
         rows["hsnn"] |= {"usage": usage(index), "nodes": [len(nodes) for nodes in model.quantizer.nodes]}
         self.scored = rows["hsnn"]["scored"]
         kinds = {"hsnn": (model, index)}
-        random = torch.Generator().manual_seed(self.seed)
-        seen = items[torch.randperm(len(items), generator=random)[: self.config["centroid_items"]]]
         for title, trained in (("disjoint k-means", False), ("disjoint k-means, levels' networks", True)):
-            made = disjoint(model, seen, self.seed, trained_levels=trained)
+            made = disjoint(model, self.seen(items), self.seed, trained_levels=trained)
             kinds[title] = made, build(made, items)
         for title, (made, made_index) in kinds.items():
             curve = tradeoff(made, made_index, valid.users, wanted)
@@ -134,11 +137,13 @@ class Comparison:
         """The HSNN whose nodes were k-means of its items during training, against all of its own scores."""
         model, (items, valid, test) = hsnn_of(run), self.vectors(run)
         best, cost = timed(lambda: exhaustive(model, test.users, items, self.k))
-        index = build(model, items)
-        curve = tradeoff(model, index, valid.users, exhaustive(model, valid.users, items, self.k))
-        found = self.beam(index, curve.best_within(self.scored), best, test.users)
-        title = "hsnn, EM update"
-        return {f"{title}, every item": self.row(best, best, len(items), cost), title: found | {"usage": usage(index)}}
+        wanted, title = exhaustive(model, valid.users, items, self.k), "hsnn, EM update"
+        rows = {f"{title}, every item": self.row(best, best, len(items), cost)}
+        for way, made in ((title, model), (f"{title}, disjoint k-means", disjoint(model, self.seen(items), self.seed))):
+            index = build(made, items)
+            beams = tradeoff(made, index, valid.users, wanted).best_within(self.scored)
+            rows[way] = self.beam(index, beams, best, test.users) | {"usage": usage(index)}
+        return rows
 
     def two_towers(self, run: Snapshots) -> dict[str, Figures]:
         """Every inner product, and inverted lists with as many compared items as the HSNN scores."""

@@ -54,6 +54,7 @@ def test_the_record_has_every_way_to_retrieve(done):
         "disjoint k-means, levels' networks",
         "hsnn, EM update, every item",
         "hsnn, EM update",
+        "hsnn, EM update, disjoint k-means",
         "two towers, exact",
         "two towers, IVF",
     }
