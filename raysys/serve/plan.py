@@ -36,10 +36,15 @@ class Plan:
 
     def assign(self, user: int | str) -> str:
         """The version that answers this user."""
-        digest = hashlib.blake2b(f"{type(user).__name__}:{user}".encode(), digest_size=8).digest()
-        point = int.from_bytes(digest, "big") / 2**64
+        point = point_of(user)
         for version, share in self.traffic.items():
             point -= share
             if point < 0 and share > 0:
                 return version
         return max(self.traffic, key=lambda name: self.traffic[name])  # shares that sum to a rounding less than 1
+
+
+def point_of(user: int | str, purpose: str = "") -> float:
+    """A point of [0, 1) that a user keeps, spread evenly over users and independent between purposes."""
+    digest = hashlib.blake2b(f"{purpose}{type(user).__name__}:{user}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64

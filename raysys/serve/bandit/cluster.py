@@ -67,6 +67,10 @@ class OnlineMatching:
         _answers([collector.facts.remote() for collector in collectors])
         return cls(aggregators, collectors)
 
+    def has_graph(self) -> bool:
+        """Whether there was a `refresh` that every shard has."""
+        return self._versions()[0] is not None
+
     def snapshot(self, now: float) -> Snapshot:
         """The newest version of the graph that every shard has, with its statistics as of `now`.
 

@@ -193,15 +193,19 @@ def recommend(
     *,
     count: int = 1,
     explore: bool = True,
+    exclude: Ids | None = None,
     generator: np.random.Generator,
 ) -> Recommendations:
     """Up to `count` items for each user vector [B, D], of length 1.
 
     explore: a draw without replacement among the max(top_n, count) highest UCB; otherwise the highest means, whatever top_n.
+    exclude: [n] items that none of them is offered.
     """
     check_count("count", count)
     context = contexts(users, snapshot.graph, policy)
     found = candidates(context, snapshot)
+    if exclude is not None:
+        found = _filtered(found, ~np.isin(snapshot.catalogue[0], exclude)[found.item])
     scores = score(context, found, snapshot.statistics, policy)
     order_by = scores.mean
     if explore:
@@ -221,6 +225,29 @@ def recommend(
 
     columns = (of(order_by), of(scores.mean), of(scores.rate), propensity, cluster, weight)
     return Recommendations(item, *columns, snapshot.graph.version, snapshot.version)
+
+
+def edges_of_items(snapshot: Snapshot, users: Vectors, items: Ids, policy: Policy) -> tuple[Ids, Floats]:
+    """`cluster` and `weight` [B, k, K], as in `Recommendations`, of items [B, k] that something else chose for users [B, D]."""
+    context = contexts(users, snapshot.graph, policy)
+    found = candidates(context, snapshot)
+    catalogue, _ = snapshot.catalogue
+    pairs = np.full(items.shape, -1, np.int64)
+    if len(found.user):
+        place = np.searchsorted(catalogue, items).clip(max=len(catalogue) - 1)
+        wanted = np.arange(len(users))[:, None] * len(catalogue) + place
+        there = found.user * len(catalogue) + found.item  # ascending
+        pair = np.searchsorted(there, wanted).clip(max=len(there) - 1)
+        is_there = (catalogue[place] == items) & (there[pair] == wanted)
+        pairs[is_there] = pair[is_there]
+    return _edges_of(pairs, context, found, snapshot.graph)
+
+
+def _filtered(found: Candidates, kept: NDArray[np.bool_]) -> Candidates:
+    """Some of the candidates; kept: [G]."""
+    edges = kept[found.pair]
+    pair = (np.cumsum(kept) - 1)[found.pair[edges]]
+    return Candidates(found.user[kept], found.item[kept], found.edge[edges], pair, found.slot[edges])
 
 
 def _choose(

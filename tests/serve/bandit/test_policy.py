@@ -9,10 +9,20 @@ import pytest
 
 from raysys.errors import UserError
 from raysys.models.retrieval.indexes.exact import Exact
+from raysys.models.retrieval.indexes.index import NO_ITEM
 from raysys.serve.bandit.build import build_graph
 from raysys.serve.bandit.edges import Statistics
-from raysys.serve.bandit.graph import Graph
-from raysys.serve.bandit.policy import Contexts, Policy, Snapshot, candidates, contexts, recommend, score
+from raysys.serve.bandit.graph import NO_CLUSTER, Graph
+from raysys.serve.bandit.policy import (
+    Contexts,
+    Policy,
+    Snapshot,
+    candidates,
+    contexts,
+    edges_of_items,
+    recommend,
+    score,
+)
 
 
 @pytest.fixture
@@ -217,3 +227,31 @@ def test_what_is_wrong_is_named(snapshot, small, rng):
     for key, value in {"neighbours": 0, "temperature": 0, "alpha": -1, "top_n": 0, "normalize": "sum"}.items():
         with pytest.raises(UserError, match=f"{key} is"):
             Policy(**{key: value})
+
+
+def test_what_is_excluded_is_never_offered_and_the_others_keep_their_scores(snapshot, small):
+    policy = Policy(neighbours=3, top_n=1)
+    generator = np.random.default_rng(0)
+    everything = recommend(snapshot, small.users, policy, count=30, explore=False, generator=generator)
+    exclude = np.unique(everything.item[:, 0])[:5]
+    found = recommend(snapshot, small.users, policy, count=30, explore=False, exclude=exclude, generator=generator)
+    assert not np.isin(found.item, exclude).any()
+    for user in range(len(small.users)):
+        kept = ~np.isin(everything.item[user], [*exclude, NO_ITEM])
+        there = found.item[user] != NO_ITEM
+        np.testing.assert_array_equal(found.item[user][there], everything.item[user][kept])
+        np.testing.assert_array_equal(found.score[user][there], everything.score[user][kept])
+        np.testing.assert_array_equal(found.weight[user][there], everything.weight[user][kept])
+
+
+def test_the_edges_of_items_that_another_chose_are_those_of_its_own_offers(snapshot, small):
+    policy = Policy(neighbours=3)
+    shown = recommend(snapshot, small.users, policy, count=40, explore=False, generator=np.random.default_rng(0))
+    cluster, weight = edges_of_items(snapshot, small.users, shown.item, policy)
+    there = shown.item != NO_ITEM
+    np.testing.assert_array_equal(np.sort(cluster[there]), np.sort(shown.cluster[there]))
+    np.testing.assert_allclose(weight[there].sum(1), shown.weight[there].sum(1))
+    stranger = np.full((len(small.users), 1), 10_000)  # no item of the graph
+    cluster, weight = edges_of_items(snapshot, small.users, stranger, policy)
+    assert (cluster == NO_CLUSTER).all()
+    assert (weight == 0).all()
