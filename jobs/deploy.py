@@ -46,10 +46,11 @@ def main(config: Config) -> None:
 def _resolved(serve: Config) -> dict[str, Any]:
     """Replicas run elsewhere: paths as they are from here."""
     paths = {version: str(Path(folder).resolve()) for version, folder in serve["releases"].items()}
-    keys = serve["http"]["api_keys"]
+    keys, users, bandit = serve["http"]["api_keys"], serve["cascade"]["users"], serve["bandit"]
     return serve | {
         "releases": paths,
-        "cascade": serve["cascade"] | {"users": str(Path(serve["cascade"]["users"]).resolve())},
+        "cascade": serve["cascade"] | {"users": users if "://" in users else str(Path(users).resolve())},
+        "bandit": bandit and bandit | {"folder": str(Path(bandit["folder"]).resolve())},
         "http": serve["http"] | {"api_keys": str(Path(keys).resolve()) if keys else None},
     }
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from raysys.bundle import Bundle
 from raysys.config import Config, instantiate, run_job
+from raysys.data.catalogue import catalogue_of
 from raysys.models.retrieval.base import RetrievalModel
 from raysys.models.retrieval.hsnn import HSNN
 from raysys.models.retrieval.indexes.hierarchical import Hierarchical
 from raysys.models.retrieval.indexes.index import Index
+from raysys.serve.bandit.build import build_graph
+from raysys.serve.bandit.graph import Graph
 from raysys.serve.release import STAGES, build_release
+from raysys.serve.stages import user_vectors
 from raysys.serve.store import ArrowStore
 from raysys.serve.users import user_rows
 from raysys.train.export import export_run, open_run
@@ -31,8 +36,13 @@ def main(config: Config) -> None:
         index: Index = instantiate(config["index"], dim=model.width)
         return index
 
+    def make_graph(bundle: Bundle, index: Index) -> Graph:
+        users, _ = user_rows(data, [bundle.schema], catalogue_of(bundle.schema).key)
+        return build_graph(user_vectors(bundle, users), index, **config["graph"])
+
     version = config["version"] or output.name
-    release = build_release(output, version, bundles, data, make_index, config["task"])
+    make = make_graph if config["graph"] is not None else None
+    release = build_release(output, version, bundles, data, make_index, config["task"], make)
     print(f"release {release.version}: {release.folder}, {len(release.items()):,} items ordered by {release.task}")
     if config["users"] is not None:
         users, key = user_rows(data, [release.bundle(stage).schema for stage in STAGES], release.key)

@@ -10,15 +10,17 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
+from raysys.serve.bandit.replica import BanditReplica
 from raysys.serve.cascade import Cascade
 from raysys.serve.http import make_api, read_keys
 from raysys.serve.plan import Plan
 from raysys.serve.replica import StageReplica
-from raysys.serve.settings import AppSettings, StageSettings, read_settings
+from raysys.serve.settings import AppSettings, BanditSettings, StageSettings, read_settings
 from raysys.serve.stages import EarlyRankerStage, RankerStage, RetrieverStage, Stage
 
 INGRESS = "Cascade"
 STAGES = ("Retriever", "EarlyRanker", "Ranker")
+BANDIT = "Bandit"
 
 
 def build(config: dict[str, Any]) -> Application:
@@ -42,7 +44,22 @@ def build(config: dict[str, Any]) -> Application:
         stage("Retriever", RetrieverStage, settings.retriever),
         stage("EarlyRanker", EarlyRankerStage, settings.early_ranker),
         stage("Ranker", RankerStage, settings.ranker),
+        *(() if settings.bandit is None else _bandit(settings.bandit, releases)),
     )
+
+
+def _bandit(settings: BanditSettings, releases: dict[str, Any]) -> tuple[Application, dict[str, Any]]:
+    """One replica: what it does for many requests is to write, and the disk sets the pace."""
+    deployment = serve.deployment(
+        name=BANDIT,
+        user_config=releases,
+        health_check_period_s=5,
+        num_replicas=1,
+        max_ongoing_requests=1024,
+        max_queued_requests=1024,
+        ray_actor_options={"num_cpus": 0.1},
+    )(BanditReplica)
+    return deployment.bind(settings.model_dump()), settings.model_dump()
 
 
 def _plan_of(settings: AppSettings) -> dict[str, Any]:

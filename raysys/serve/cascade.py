@@ -1,4 +1,4 @@
-"""The path of one request through the stages: the user's row, candidates, the early choice, the final order."""
+"""The ingress: whom which release answers, what a replica takes on, and what it counts and logs."""
 
 from __future__ import annotations
 
@@ -6,79 +6,50 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Coroutine, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-from numpy.typing import NDArray
-from ray.serve.exceptions import BackPressureError
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.util.metrics import Counter, Histogram
 
+from raysys.data.catalogue import catalogue_of
+from raysys.errors import UserError, nearest
+from raysys.serve.answers import ranked, read_impression, scored
+from raysys.serve.bandit.explorer import Explorer
+from raysys.serve.bandit.feedback import Impressions
+from raysys.serve.funnel import Funnel, Passage
+from raysys.serve.items import ItemTable
 from raysys.serve.messages import (
+    FeedbackAnswer,
+    FeedbackRequest,
+    ItemsRequest,
     Models,
     Ranking,
     RankRequest,
     Recommendation,
     RecommendRequest,
     RetrieveRequest,
-    Scalar,
-    ScoredItem,
-    StageReport,
+    Rows,
     VersionFacts,
 )
 from raysys.serve.plan import Plan
+from raysys.serve.problems import BadRequest, Overloaded, Unavailable
+from raysys.serve.release import Release
 from raysys.serve.replica import SECONDS, Refused
-from raysys.serve.settings import CascadeSettings
-from raysys.serve.stages import Call, Candidates, Predictions
-from raysys.serve.store import ArrowStore, FeatureStore
+from raysys.serve.settings import BanditSettings, CascadeSettings
+from raysys.serve.stages import Call
+from raysys.serve.users import SEEN
+from raysys.serve.visitors import Visitors
+from raysys.strict_json import to_plain
 
 log = logging.getLogger("ray.serve")
 COUNTS = [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0]
-MARGIN_S = 0.005
-"""Of a deadline, kept for the way back to the client."""
-
-
-class BadRequest(ValueError):
-    """The request is at fault; the message may be shown to the client."""
-
-
-class Overloaded(RuntimeError):
-    """A queue is full. retry_after_s: when the client may come again."""
-
-    def __init__(self, retry_after_s: int) -> None:
-        super().__init__("too many requests are waiting")
-        self.retry_after_s = retry_after_s
-
-
-class _Costs:
-    """Seconds that a stage takes for an item, as a moving average over its calls: what a deadline leaves room for."""
-
-    WEIGHT = 0.1
-
-    def __init__(self) -> None:
-        self._per_item: float | None = None
-
-    def add(self, items: int, seconds: float) -> None:
-        found = seconds / max(items, 1)
-        self._per_item = found if self._per_item is None else self._per_item + self.WEIGHT * (found - self._per_item)
-
-    def room(self, seconds: float, most: int) -> int:
-        """The items, at most `most`, that can be expected to be ready in these seconds."""
-        if self._per_item is None:
-            return most if seconds > 0 else 0
-        found = max(0, min(most, int(seconds / self._per_item)))
-        if not found:  # nothing will be measured: without this one slow moment would turn the stage off for good
-            self._per_item *= 1 - self.WEIGHT
-        return found
-
-
-class _Visitor(NamedTuple):
-    """row: [1] the user's columns and the request's context. left_out: items that are not shown to them."""
-
-    row: pa.Table
-    left_out: NDArray[np.int64]
+_ATTEMPTS = 2  # of a call to a stage: its replica may die under it, and calls change nothing
+_LOG_ATTEMPTS, _LOG_PAUSE_S = 30, 1.0  # to write impressions, while Online Matching is being restarted
 
 
 class Cascade:
@@ -93,28 +64,39 @@ class Cascade:
         retriever: DeploymentHandle,
         early: DeploymentHandle,
         ranker: DeploymentHandle,
+        bandit: DeploymentHandle | None = None,
+        bandit_settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.settings = CascadeSettings(**settings)
         self._handles = {"retrieve": retriever, "early": early, "rank": ranker}
-        self._users: FeatureStore = ArrowStore(self.settings.users)
+        self._visitors = Visitors(self.settings.users, self.settings.retry_after_s)
+        self._explorer = None if bandit is None else Explorer(BanditSettings(**(bandit_settings or {})), bandit)
+        self._funnel = Funnel(self.settings, self._call, self._explorer)
         self._plan: Plan | None = None
         self._in_flight = 0
-        self._rank_cost = _Costs()
-        self._shadows: set[asyncio.Task[None]] = set()
+        self._aside: set[asyncio.Task[None]] = set()  # shadows, and impressions that are being written
+        self._clock: asyncio.Task[None] | None = None
         self._seconds = Histogram("raysys_request_seconds", "Latency.", SECONDS, ("stage", "version"))
         self._requests = Counter("raysys_requests", "Requests by how they ended.", ("outcome", "version"))
         self._candidates = Histogram("raysys_candidates", "Items that a stage passed on.", COUNTS, ("stage", "version"))
+        self._lost = Counter("raysys_impressions_lost", "Impressions that could not be written.", ("version",))
 
-    def reconfigure(self, config: Mapping[str, Any]) -> None:
+    async def reconfigure(self, config: Mapping[str, Any]) -> None:
         """Serve's call with `user_config`: the plan, in one assignment, and the newest rows of users."""
         plan = Plan.from_config(config)
-        self._users.refresh()
+        await self._visitors.refresh()
+        if self._explorer is not None:
+            await self._explorer.refresh(plan.releases)
         self._plan = plan
+        if self._clock is None:
+            self._clock = asyncio.create_task(self._tick())
 
     def check_health(self) -> None:
         """Serve's call. That the stages compute is what their own checks say."""
         if self._plan is None:
             raise RuntimeError("no plan")
+        if self._clock is not None and self._clock.done():
+            raise RuntimeError("nothing is refreshed any more")
 
     @property
     def plan(self) -> Plan:
@@ -136,102 +118,113 @@ class Cascade:
         """The whole cascade. Where time runs short fewer items are ranked, or the early stage's order is the answer."""
         plan = self.plan
         version = plan.assign(request.user)
-        answer = await self._counted(version, request_id, self._recommend(version, request, request_id))
+        passage: Passage = await self._counted(version, self._recommend(version, request, request_id))
         if plan.shadow is not None and plan.shadow != version:
-            task = asyncio.create_task(self._shadow(plan.shadow, request, request_id))
-            self._shadows.add(task)
-            task.add_done_callback(self._shadows.discard)
-        return answer
+            self._do_aside(self._shadow(plan.shadow, request, request_id))
+        return Recommendation(
+            request_id=request_id,
+            version=version,
+            items=passage.items,
+            complete=passage.complete,
+            explored=passage.explored,
+            stages=passage.stages if request.explain else [],
+        )
 
     async def retrieve(self, request: RetrieveRequest, request_id: str) -> Ranking:
         """Candidates alone."""
         version = self.plan.assign(request.user)
-        visitor = self._visitor(request.user, request.context, request.exclude)
+        visitor = await self._visitors.visitor(request.user, request.context, request.exclude)
         call = Call(version, visitor.row, request.count, exclude=visitor.left_out)
-        found = await self._counted(version, request_id, self._call("retrieve", call))
-        return Ranking(request_id=request_id, version=version, items=_scored(found))
+        found = await self._counted(version, self._call("retrieve", call))
+        return Ranking(request_id=request_id, version=version, items=scored(found))
 
     async def rank(self, requests: Sequence[RankRequest], request_id: str) -> list[Ranking]:
         """Predictions for the items of each request, best first."""
         return list(await asyncio.gather(*(self._rank_one(request, request_id) for request in requests)))
 
+    async def feedback(self, request: FeedbackRequest, request_id: str) -> FeedbackAnswer:
+        """Rewards for Online Matching, on disk when this returns."""
+        if self._explorer is None:
+            raise BadRequest("this deployment takes no feedback: serve.bandit is null")
+        by_version: dict[str, tuple[list[int], list[float]]] = {}
+        for place, reward in enumerate(request.rewards):
+            impression = read_impression(reward.impression)
+            if impression is None:
+                raise BadRequest(f"rewards.{place}.impression: not the name of an impression")
+            ids, rewards = by_version.setdefault(impression[0], ([], []))
+            ids.append(impression[1])
+            rewards.append(reward.reward)
+        for version, (ids, rewards) in by_version.items():
+            try:
+                known = await self._explorer.reward(version, ids, rewards)
+            except (RayActorError, DeploymentUnavailableError, BackPressureError):
+                raise Unavailable("feedback cannot be written now", self.settings.retry_after_s) from None
+            if not known:
+                raise BadRequest("rewards: the release of an impression is no longer served")
+        return FeedbackAnswer(request_id=request_id, accepted=len(request.rewards))
+
+    async def user(self, name: str) -> Rows:
+        """What the user store has of a user; no row where it does not know them."""
+        user = self._visitors.parse(name)
+        rows, found = await self._visitors.rows([user])
+        columns = await asyncio.to_thread(_item_columns, self.plan.releases[self.plan.assign(user)])
+        return Rows(
+            key=self._visitors.key,
+            rows=to_plain(rows.to_pylist()) if found else [],
+            item_columns=[column for column in columns if column in rows.schema.names],
+        )
+
+    async def some_users(self, count: int) -> Rows:
+        """Users to choose from, by their keys alone."""
+        keys = await self._visitors.some(count)
+        return Rows(key=self._visitors.key, rows=[{self._visitors.key: key} for key in keys])
+
+    async def items(self, request: ItemsRequest) -> Rows:
+        """What the item table of a release has of these items."""
+        folder = self.plan.releases.get(request.version)
+        if folder is None:
+            raise BadRequest(f"version: {nearest(request.version, self.plan.releases) or 'no such release is served'}")
+        table = await asyncio.to_thread(_item_table, folder)
+        rows = table.take(np.array(request.items, np.int64))
+        return Rows(key=table.key, rows=to_plain(rows.to_pylist()))
+
+    async def _recommend(self, version: str, request: RecommendRequest, request_id: str, learn: bool = True) -> Passage:
+        visitor = await self._visitors.visitor(request.user, request.context, request.exclude)
+        passage = await self._funnel.run(version, visitor, request, learn)
+        for stage in passage.stages:
+            self._candidates.observe(stage.left, {"stage": stage.stage, "version": version})
+        if passage.impressions is not None:
+            written = self._do_aside(self._write(version, passage.impressions))
+            await asyncio.wait([written], timeout=max(passage.deadline - time.monotonic(), 0))
+        facts = {stage.stage: [stage.entered, stage.left, round(stage.milliseconds, 2)] for stage in passage.stages}
+        log.info(json.dumps({"request_id": request_id, "version": version, "complete": passage.complete, **facts}))
+        return passage
+
     async def _rank_one(self, request: RankRequest, request_id: str) -> Ranking:
         version = self.plan.assign(request.user)
-        row = self._visitor(request.user, request.context, []).row
+        visitor = await self._visitors.visitor(request.user, request.context, [])
         ids = np.array(request.items, np.int64)
-        found = await self._counted(version, request_id, self._call("rank", Call(version, row, items=ids)))
-        return Ranking(request_id=request_id, version=version, items=_ranked(ids, found))
-
-    async def _recommend(self, version: str, request: RecommendRequest, request_id: str) -> Recommendation:
-        limit = (request.deadline_ms or self.settings.deadline_ms) / 1000
-        deadline = time.monotonic() + limit - min(MARGIN_S, limit / 2)
-        visitor = self._visitor(request.user, request.context, request.exclude)
-        wide = max(self.settings.retrieve, request.count)
-        found, first = await self._timed(
-            "retrieve", Call(version, visitor.row, wide, exclude=visitor.left_out), wide, request.explain
-        )
-        narrow = max(self.settings.rank, request.count)
-        stages = [first]
-        items, complete = _scored(found), True
-        if len(found.ids):
-            early, second = await self._timed(
-                "early", Call(version, visitor.row, narrow, found.ids), len(found.ids), request.explain
-            )
-            stages.append(second)
-            room = self._rank_cost.room(deadline - time.monotonic(), len(early.ids))
-            complete = room == len(early.ids)
-            items = _scored(early)
-            final = (
-                await self._rank_until(deadline, Call(version, visitor.row, items=early.ids[:room])) if room else None
-            )
-            complete = complete and final is not None
-            if final is not None:
-                ranked = _ranked(early.ids[:room], final[0])
-                items = [*ranked, *items[room:]] if room < request.count else ranked
-                stages.append(_report("rank", room, ranked, final[1], request.explain))
-        self._log(request_id, version, stages, complete)
-        return Recommendation(
-            request_id=request_id,
-            version=version,
-            items=items[: request.count],
-            complete=complete,
-            stages=stages if request.explain else [],
-        )
-
-    async def _rank_until(self, deadline: float, call: Call) -> tuple[Predictions, float] | None:
-        """Predictions and the seconds that they took; None where they are not there in time."""
-        start = time.monotonic()
-        try:
-            found = await asyncio.wait_for(self._call("rank", call), max(deadline - start, 0.001))
-        except asyncio.TimeoutError:
-            self._rank_cost.add(len(call.items), time.monotonic() - start)
-            return None
-        seconds = time.monotonic() - start
-        self._rank_cost.add(len(call.items), seconds)
-        assert isinstance(found, Predictions)
-        return found, seconds
-
-    async def _timed(self, stage: str, call: Call, entered: int, explain: bool) -> tuple[Candidates, StageReport]:
-        start = time.monotonic()
-        found = await self._call(stage, call)
-        assert isinstance(found, Candidates)
-        self._candidates.observe(len(found.ids), {"stage": stage, "version": call.version})
-        return found, _report(
-            stage, entered, _scored(found) if explain else found.ids, time.monotonic() - start, explain
-        )
+        found = await self._counted(version, self._call("rank", Call(version, visitor.row, items=ids)))
+        return Ranking(request_id=request_id, version=version, items=ranked(ids, found))
 
     async def _call(self, stage: str, call: Call) -> Any:
         start = time.monotonic()
-        try:
-            outcome = await self._handles[stage].remote(call)
-        except BackPressureError:
-            raise Overloaded(self.settings.retry_after_s) from None
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                outcome = await self._handles[stage].remote(call)
+                break
+            except BackPressureError:
+                raise Overloaded(self.settings.retry_after_s) from None
+            except (RayActorError, DeploymentUnavailableError) as error:
+                log.warning("stage %s, attempt %d: %s", stage, attempt, type(error).__name__)
+                if attempt == _ATTEMPTS:
+                    raise Unavailable(f"stage {stage} is being restarted", self.settings.retry_after_s) from None
         if isinstance(outcome, Refused):
             raise BadRequest(outcome.message)
         self._seconds.observe(time.monotonic() - start, {"stage": stage, "version": call.version})
         return outcome
 
-    async def _counted(self, version: str, request_id: str, work: Any) -> Any:
+    async def _counted(self, version: str, work: Coroutine[Any, Any, Any]) -> Any:
         """Do the work where there is room for it, and count how it ended."""
         outcome = "failed"
         if self._in_flight >= self.settings.max_requests:
@@ -247,6 +240,9 @@ class Cascade:
         except Overloaded:
             outcome = "overloaded"
             raise
+        except Unavailable:
+            outcome = "unavailable"
+            raise
         except BadRequest:
             outcome = "refused"
             raise
@@ -255,49 +251,51 @@ class Cascade:
             self._requests.inc(1, {"outcome": outcome, "version": version})
             self._seconds.observe(time.monotonic() - start, {"stage": "all", "version": version})
 
+    def _do_aside(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._aside.add(task)
+        task.add_done_callback(self._aside.discard)
+        return task
+
     async def _shadow(self, version: str, request: RecommendRequest, request_id: str) -> None:
         """What the shadow version would have answered: measured and logged, never shown."""
         try:
-            await self._recommend(version, request, request_id)
-        except (Overloaded, BadRequest) as error:
+            await self._recommend(version, request, request_id, learn=False)
+        except (Unavailable, BadRequest) as error:
             log.warning("shadow %s did not answer request %s: %s", version, request_id, error)
 
-    def _visitor(self, user: int | str, context: Mapping[str, Scalar], exclude: Sequence[int]) -> _Visitor:
-        """The user's row of the store, null where the store does not know them, with the context beside it."""
-        is_text = pa.types.is_large_string(self._users.schema.field(self._users.key).type)
-        if is_text != isinstance(user, str):
-            raise BadRequest(f"user: {'text' if is_text else 'an integer'} is expected")
-        rows, _ = self._users.get([user])
-        seen = rows["seen"][0].as_py() or [] if "seen" in rows.schema.names else []
-        table = pa.Table.from_batches([rows])
-        for name, value in context.items():
-            if name in rows.schema.names:
-                raise BadRequest(f"context: {name!r} is a column of the user store")
-            table = table.append_column(name, pa.array([value]))
-        return _Visitor(table, np.unique(np.array([*seen, *exclude], np.int64)))
+    async def _write(self, version: str, impressions: Impressions) -> None:
+        """Log what was shown. While that is not possible requests wait for it until their deadlines, and so come more slowly."""
+        assert self._explorer is not None
+        for _ in range(_LOG_ATTEMPTS if len(self._aside) <= 4 * self.settings.max_requests else 1):
+            try:
+                return await self._explorer.log(version, impressions)
+            except (RayActorError, DeploymentUnavailableError, BackPressureError) as error:
+                log.warning("impressions are not written yet: %s", type(error).__name__)
+                await asyncio.sleep(_LOG_PAUSE_S)
+        self._lost.inc(len(impressions), {"version": version})
+        log.error("%d impressions of release %s are lost", len(impressions), version)
 
-    def _log(self, request_id: str, version: str, stages: Sequence[StageReport], complete: bool) -> None:
-        facts = {stage.stage: [stage.entered, stage.left, round(stage.milliseconds, 2)] for stage in stages}
-        log.info(json.dumps({"request_id": request_id, "version": version, "complete": complete, **facts}))
-
-
-def _scored(found: Candidates) -> list[ScoredItem]:
-    pairs = zip(found.ids.tolist(), found.scores.tolist(), strict=True)
-    return [ScoredItem(item=item, score=score) for item, score in pairs]
-
-
-def _ranked(ids: NDArray[np.int64], found: Predictions) -> list[ScoredItem]:
-    """Best first; equal ones in the order in which they came."""
-    scores = found.values[:, found.task]
-    order = np.argsort(-scores, kind="stable")
-    rows = zip(ids[order].tolist(), scores[order].tolist(), found.values[order].tolist(), strict=True)
-    return [
-        ScoredItem(item=item, score=score, predictions=dict(zip(found.tasks, values, strict=True)))
-        for item, score, values in rows
-    ]
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.refresh_s)
+            try:
+                await self._visitors.refresh()
+                if self._explorer is not None:
+                    await self._explorer.refresh(self.plan.releases)
+            except (UserError, OSError, RayActorError, DeploymentUnavailableError, BackPressureError) as error:
+                log.error("what was read before stays: %s", error)
 
 
-def _report(stage: str, entered: int, items: Any, seconds: float, explain: bool) -> StageReport:
-    return StageReport(
-        stage=stage, entered=entered, left=len(items), milliseconds=1000 * seconds, items=items if explain else []
-    )
+@lru_cache(maxsize=4)
+def _item_table(folder: str) -> ItemTable:
+    return Release.open(folder).items()
+
+
+@lru_cache(maxsize=4)
+def _item_columns(folder: str) -> tuple[str, ...]:
+    """The columns of users that list items."""
+    schema = Release.open(folder).bundle("final_ranker").schema
+    key = catalogue_of(schema).key
+    table = next((feature.table for feature in schema.sparse if feature.name == key), None)
+    return (*(feature.name for feature in schema.sequence_features if feature.table == table), SEEN)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TypeVar
 
@@ -14,6 +14,8 @@ from typing_extensions import Self
 from raysys.errors import UserError
 from raysys.serve.messages import (
     Context,
+    FeedbackAnswer,
+    FeedbackRequest,
     Models,
     Problem,
     RankBatch,
@@ -97,6 +99,14 @@ class Client:
     def rank_batch(self, batch: Sequence[RankRequest]) -> list[Ranking]:
         """The rankings of several requests, sent as one."""
         return self._send("POST", "/v1/rank", RankBatchAnswer, _checked(RankBatch, requests=list(batch))).rankings
+
+    def feedback(self, rewards: Mapping[str, float]) -> int:
+        """Rewards in [0, 1] by impression, an item's `impression`; how many are on the server's disk now."""
+        request = _checked(
+            FeedbackRequest,
+            rewards=[{"impression": impression, "reward": reward} for impression, reward in rewards.items()],
+        )
+        return self._send("POST", "/v1/feedback", FeedbackAnswer, request).accepted
 
     def models(self) -> Models:
         """What is served."""

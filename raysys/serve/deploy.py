@@ -6,7 +6,7 @@ What changes is `user_config` alone: Serve hands it to the replicas that run, re
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
@@ -14,10 +14,10 @@ from ray.exceptions import AuthenticationError
 
 from raysys.bundle import ALLOWED_TARGETS
 from raysys.errors import UserError, first_line, nearest
-from raysys.serve.app import INGRESS, STAGES
+from raysys.serve.app import BANDIT, INGRESS, STAGES
 from raysys.serve.plan import Plan
 from raysys.serve.release import Release
-from raysys.serve.settings import AppSettings
+from raysys.serve.settings import AppSettings, BanditSettings
 from raysys.serve.stages import EarlyRankerStage, RankerStage, RetrieverStage
 
 NAME = "raysys"
@@ -54,7 +54,7 @@ class Deployment:
                 f"host is {host} and serve.http.api_keys is null",
                 "name a file with a key a line, or bind to 127.0.0.1",
             )
-        check_releases(settings.releases, settings.allowed)
+        check_releases(settings.releases, settings.allowed, settings.bandit)
         plan = {"releases": settings.releases, "traffic": settings.traffic, "shadow": settings.shadow}
         Plan.from_config(plan)
         application = {
@@ -62,7 +62,7 @@ class Deployment:
             "route_prefix": "/",
             "import_path": IMPORT_PATH,
             "args": settings.model_dump(),
-            "deployments": _user_configs(settings.releases, plan),
+            "deployments": _user_configs(settings.releases, plan, settings.bandit is not None),
         }
         self._put({"proxy_location": "EveryNode", "http_options": {"host": host, "port": port}}, application)
 
@@ -83,7 +83,8 @@ class Deployment:
                     f"version {version!r} is served from {known[version]}, not {folder}",
                     "a version never changes: give the new release another",
                 )
-        check_releases({v: f for v, f in releases.items() if v not in known}, self._args()["allowed"])
+        settings = AppSettings(**self._application()["deployed_app_config"]["args"])
+        check_releases({v: f for v, f in releases.items() if v not in known}, settings.allowed, settings.bandit)
         both = old["releases"] | dict(releases)
         self._configure(both, old)
         self._configure(both, plan | {"previous": {name: old[name] for name in ("releases", "traffic", "shadow")}})
@@ -112,10 +113,6 @@ class Deployment:
         plan: dict[str, Any] = deployments[INGRESS]["user_config"]
         return plan
 
-    def _args(self) -> dict[str, Any]:
-        args: dict[str, Any] = self._application()["deployed_app_config"]["args"]
-        return args
-
     def _application(self) -> dict[str, Any]:
         applications = self._client.get_serve_details()["applications"]
         if NAME not in applications:
@@ -126,7 +123,7 @@ class Deployment:
     def _configure(self, releases: Mapping[str, str], plan: Mapping[str, Any]) -> None:
         details = self._client.get_serve_details()
         application = self._application()["deployed_app_config"]
-        application["deployments"] = _user_configs(releases, plan)
+        application["deployments"] = _user_configs(releases, plan, application["args"].get("bandit") is not None)
         options = details["http_options"]
         http = {"proxy_location": details["proxy_location"], "http_options": {k: options[k] for k in ("host", "port")}}
         self._put(http, application)
@@ -134,18 +131,19 @@ class Deployment:
     def _put(self, http: Mapping[str, Any], application: Mapping[str, Any]) -> None:
         wanted = {entry["name"]: entry["user_config"] for entry in application["deployments"]}
         self._client.deploy_applications({**http, "applications": [application]})
-        self._wait(lambda name, found: found["deployment_config"].get("user_config") == wanted[name])
+        self._wait(wanted)
 
-    def _wait(self, is_wanted: Callable[[str, dict[str, Any]], bool]) -> None:
-        """Until every deployment is healthy with the configuration that is wanted."""
+    def _wait(self, wanted: Mapping[str, Any]) -> None:
+        """Until every deployment is healthy with the `user_config` that is wanted, by its name."""
         end, state = time.monotonic() + self.wait_s, "not there"
         while time.monotonic() < end:
             application = self._client.get_serve_details()["applications"].get(NAME)
             if application is not None:
                 state = f"{application['status']}: {application['message']}"
                 found = application["deployments"]
-                ready = len(found) == len(STAGES) + 1 and all(
-                    entry["status"] == "HEALTHY" and is_wanted(name, entry) for name, entry in found.items()
+                ready = found.keys() == wanted.keys() and all(
+                    entry["status"] == "HEALTHY" and entry["deployment_config"].get("user_config") == wanted[name]
+                    for name, entry in found.items()
                 )
                 if ready and application["status"] == "RUNNING":
                     return
@@ -155,16 +153,28 @@ class Deployment:
         raise UserError(f"the application does not come up: {state}", "ray logs and `serve status` say more")
 
 
-def check_releases(releases: Mapping[str, str], allowed: Sequence[str] = ()) -> None:
-    """Load every stage of every release; raises UserError naming the file that is damaged or the version that is another."""
+def check_releases(
+    releases: Mapping[str, str], allowed: Sequence[str] = (), bandit: BanditSettings | None = None
+) -> None:
+    """Load every stage of every release; raises UserError naming the file that is damaged or the version that is another.
+
+    bandit: where it is given, each release needs a graph with enough clusters for its policy.
+    """
     for version, folder in releases.items():
         release = Release.open(folder)
         if release.version != version:
             raise UserError(f"{folder} is release {release.version!r}, not {version!r}")
         for kind in (RetrieverStage, EarlyRankerStage, RankerStage):
             kind(release, 1, (*ALLOWED_TARGETS, *allowed))
+        if bandit is not None and len(release.graph().clusters) < bandit.policy.neighbours:
+            raise UserError(
+                f"serve.bandit.policy.neighbours is {bandit.policy.neighbours}, and the graph of release {version} has "
+                f"{len(release.graph().clusters)} clusters",
+                "ask for fewer neighbours",
+            )
 
 
-def _user_configs(releases: Mapping[str, str], plan: Mapping[str, Any]) -> list[dict[str, Any]]:
-    stages: list[dict[str, Any]] = [{"name": name, "user_config": {"releases": dict(releases)}} for name in STAGES]
+def _user_configs(releases: Mapping[str, str], plan: Mapping[str, Any], has_bandit: bool) -> list[dict[str, Any]]:
+    names = (*STAGES, BANDIT) if has_bandit else STAGES
+    stages: list[dict[str, Any]] = [{"name": name, "user_config": {"releases": dict(releases)}} for name in names]
     return [*stages, {"name": INGRESS, "user_config": dict(plan)}]

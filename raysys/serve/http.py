@@ -8,7 +8,6 @@ import re
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import requests
@@ -16,14 +15,13 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.routing import APIRouter
-from ray import serve
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from raysys.errors import UserError
-from raysys.serve.cascade import BadRequest, Cascade, Overloaded
 from raysys.serve.messages import (
+    FeedbackAnswer,
+    FeedbackRequest,
     Models,
-    Problem,
     RankBatch,
     RankBatchAnswer,
     Ranking,
@@ -32,11 +30,13 @@ from raysys.serve.messages import (
     RecommendRequest,
     RetrieveRequest,
 )
+from raysys.serve.page import PAGE_PATHS, page_router
+from raysys.serve.problems import BadRequest, Unavailable
 from raysys.serve.prometheus import scrape
+from raysys.serve.routing import PROBLEMS, cascade
 from raysys.serve.settings import HttpSettings
 
 log = logging.getLogger("ray.serve")
-PROBLEMS: dict[int | str, dict[str, Any]] = {code: {"model": Problem} for code in (401, 413, 415, 422, 503)}
 OPEN_PATHS = ("/healthz",)
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _TEXT = re.compile(rb'"(?:[^"\\]|\\.)*"')
@@ -49,7 +49,10 @@ def make_api(settings: HttpSettings, keys: Sequence[str]) -> FastAPI:
     """The application that `serve.ingress` takes. keys: those that let a client in; none lets everybody in."""
     api = FastAPI(title="raysys", version="1", docs_url="/docs", redoc_url=None)
     api.include_router(router)
-    api.add_middleware(Guard, settings=settings, keys=[key.encode() for key in keys])
+    if settings.page:
+        api.include_router(page_router)
+    open_paths = (*OPEN_PATHS, *(PAGE_PATHS if settings.page else ()))
+    api.add_middleware(Guard, settings=settings, keys=[key.encode() for key in keys], open_paths=open_paths)
 
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -60,8 +63,8 @@ def make_api(settings: HttpSettings, keys: Sequence[str]) -> FastAPI:
     async def refused(request: Request, error: BadRequest) -> JSONResponse:
         return problem(request, 422, str(error))
 
-    @api.exception_handler(Overloaded)
-    async def overloaded(request: Request, error: Overloaded) -> JSONResponse:
+    @api.exception_handler(Unavailable)
+    async def unavailable(request: Request, error: Unavailable) -> JSONResponse:
         return problem(request, 503, str(error), {"Retry-After": str(error.retry_after_s)})
 
     @api.exception_handler(Exception)
@@ -75,13 +78,6 @@ def make_api(settings: HttpSettings, keys: Sequence[str]) -> FastAPI:
 def problem(request: Request, status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
     """An answer in the form of `Problem`."""
     return JSONResponse({"error": message, "request_id": request.state.request_id}, status, headers)
-
-
-def cascade() -> Cascade:
-    """The replica that this code runs in."""
-    replica = serve.get_replica_context().servable_object
-    assert isinstance(replica, Cascade)
-    return replica
 
 
 @router.post("/v1/recommend", responses=PROBLEMS)
@@ -104,7 +100,13 @@ async def rank(body: RankRequest | RankBatch, request: Request) -> Ranking | Ran
     return RankBatchAnswer(rankings=await cascade().rank(body.requests, request.state.request_id))
 
 
-@router.get("/v1/models")
+@router.post("/v1/feedback", responses=PROBLEMS)
+async def feedback(body: FeedbackRequest, request: Request) -> FeedbackAnswer:
+    """Rewards of items that were shown, on disk when this answers."""
+    return await cascade().feedback(body, request.state.request_id)
+
+
+@router.get("/v1/models", responses=PROBLEMS)
 async def models() -> Models:
     """The releases that are served and their shares of the users."""
     return cascade().models()
@@ -129,8 +131,8 @@ class Guard:
     Serve's proxy gives every request an id, its client's where that sent one, and returns it in X-Request-ID.
     """
 
-    def __init__(self, app: ASGIApp, settings: HttpSettings, keys: Sequence[bytes]) -> None:
-        self.app, self.settings, self.keys = app, settings, keys
+    def __init__(self, app: ASGIApp, settings: HttpSettings, keys: Sequence[bytes], open_paths: Sequence[str]) -> None:
+        self.app, self.settings, self.keys, self.open_paths = app, settings, keys, open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI 3."""
@@ -169,7 +171,7 @@ class Guard:
         """Every key is compared, each in constant time."""
         given = headers.get(b"x-api-key", b"")
         matches = [hmac.compare_digest(given, key) for key in self.keys]
-        return not self.keys or path in OPEN_PATHS or any(matches)
+        return not self.keys or path in self.open_paths or any(matches)
 
     async def _read(self, receive: Receive, headers: dict[bytes, bytes]) -> tuple[bytes, tuple[int, str] | None]:
         length = headers.get(b"content-length", b"0")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
@@ -70,11 +70,15 @@ class RankBatch(Message):
 
 
 class ScoredItem(Message):
-    """score: what the items are ordered by. predictions: of each task, calibrated; empty before the final stage."""
+    """score: what the items are ordered by. predictions: of each task, calibrated; empty before the final stage.
+
+    impression: by which feedback names it, where the deployment learns from feedback.
+    """
 
     item: int
     score: float
     predictions: dict[str, float] = {}
+    impression: str | None = None
 
 
 class Ranking(Message):
@@ -86,7 +90,7 @@ class Ranking(Message):
 
 
 class StageReport(Message):
-    """What a stage got, what it passed on, and how long it took. items: what it passed on, with its scores."""
+    """What a stage got, what it passed on, and how long it took. items: all that it scored, best first: `left` went on."""
 
     stage: str
     entered: int
@@ -96,10 +100,49 @@ class StageReport(Message):
 
 
 class Recommendation(Ranking):
-    """complete: whether every stage had the time to do all of its work. stages: where the request asked to explain."""
+    """complete: whether every stage had the time to do all of its work. stages: where the request asked to explain.
+
+    explored: items that Online Matching wants to learn about, for places of their own. Their scores are upper bounds.
+    """
 
     complete: bool
+    explored: list[ScoredItem] = []
     stages: list[StageReport] = []
+
+
+class Reward(Message):
+    """What became of an item that was shown. reward: 0 for nothing, 1 for the best; the first one of an impression counts."""
+
+    impression: Annotated[str, StringConstraints(max_length=128, strict=True)]
+    reward: float = Field(ge=0, le=1)
+
+
+class FeedbackRequest(Message):
+    """Rewards; sending them again changes nothing."""
+
+    rewards: list[Reward] = Field(min_length=1, max_length=MAX_ITEMS)
+
+
+class FeedbackAnswer(Message):
+    """accepted: rewards that are on disk."""
+
+    request_id: str
+    accepted: int
+
+
+class ItemsRequest(Message):
+    """Items whose rows of the item table are wanted."""
+
+    items: list[Item] = Field(min_length=1, max_length=MAX_ITEMS)
+    version: Annotated[str, StringConstraints(max_length=64)]
+
+
+class Rows(Message):
+    """Rows by key as they are in a store; a key that is not there has none. item_columns: those that list items."""
+
+    key: str
+    rows: list[dict[str, Any]]
+    item_columns: list[str] = []
 
 
 class RankBatchAnswer(Message):

@@ -9,6 +9,7 @@ Keys of a store named NAME, where N is a version:
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -91,6 +92,13 @@ class RedisStore:
         columns = zip(*(empty if value is None else json.loads(value) for value in values), strict=True)
         arrays = [pa.array(column, field.type) for column, field in zip(columns, opened.schema, strict=True)]
         return with_keys(pa.RecordBatch.from_arrays(arrays, schema=opened.schema), opened.key, asked), found
+
+    def some_keys(self, count: int) -> list[Any]:
+        """See `FeatureStore.some_keys`."""
+        opened = self._opened
+        keys = itertools.islice(self._redis.hscan_iter(f"{self._name}:{opened.number}", count=count), count)
+        array = pa.array([key.decode() for key, _ in keys], pa.string())
+        return array.cast(opened.schema.field(opened.key).type).to_pylist()
 
     def put(self, rows: pa.Table) -> None:
         """See `FeatureStore.put`. Raises UserError where the version that is read is no longer the newest."""

@@ -4,6 +4,7 @@ release/
   retriever/  early_ranker/  final_ranker/    bundles
   index/            the items as the retriever encodes them
   items.parquet     the item table
+  graph.npz         of Online Matching, where the release has one: clusters of users, and their items
   release.json      its version, and the task by which the final order is made
   manifest.json     sha256 of the files above, and of the manifests of the folders; written last
 
@@ -19,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -35,24 +37,32 @@ from raysys.models.retrieval.hsnn import HSNN
 from raysys.models.retrieval.indexes.folder import load_index
 from raysys.models.retrieval.indexes.hierarchical import Hierarchical
 from raysys.models.retrieval.indexes.index import Index, Vectors
+from raysys.models.retrieval.two_tower import TwoTower
+from raysys.serve.bandit.edges import GRAPH_ARRAYS
+from raysys.serve.bandit.graph import Graph
 from raysys.serve.items import ItemTable
 
 FORMAT_VERSION = 1
 STAGES = ("retriever", "early_ranker", "final_ranker")
-INDEX, ITEMS, FACTS = "index", "items.parquet", "release.json"
+INDEX, ITEMS, GRAPH, FACTS = "index", "items.parquet", "graph.npz", "release.json"
 FILES = (*(f"{part}/{MANIFEST}" for part in (*STAGES, INDEX)), ITEMS, FACTS)
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_ENCODED_ROWS = 8192  # items that are encoded at a time
+ENCODED_ROWS = 8192
+"""Items or users that are encoded at a time."""
 
 
 @dataclass(frozen=True)
 class Release:
-    """A release on disk whose own files were verified. key: the column that names an item. task: of the final order."""
+    """A release on disk whose own files were verified.
+
+    key: the column that names an item. task: of the final order. has_graph: whether it has one for Online Matching.
+    """
 
     folder: Path
     version: str
     key: str
     task: str
+    has_graph: bool
 
     @classmethod
     def open(cls, folder: str | Path) -> Release:
@@ -67,7 +77,7 @@ class Release:
         facts = read_json(folder / FACTS)
         if not isinstance(facts, dict) or not all(isinstance(facts.get(k), str) for k in ("version", "key", "task")):
             raise UserError(f"{folder / FACTS}: version, key and task are expected", "build the release again")
-        return cls(folder, check_version(facts["version"]), facts["key"], facts["task"])
+        return cls(folder, check_version(facts["version"]), facts["key"], facts["task"], GRAPH in hashes)
 
     def bundle(self, stage: str, allowed: Sequence[str] = ALLOWED_TARGETS) -> Bundle:
         """The verified bundle of one of `STAGES`. allowed: see `load_bundle`."""
@@ -82,6 +92,16 @@ class Release:
         if isinstance(retriever, HSNN):
             return Hierarchical.load(self.folder / INDEX, threads, model=retriever)
         return load_index(self.folder / INDEX, threads)
+
+    def graph(self) -> Graph:
+        """The graph that Online Matching begins with; a UserError where the release has none."""
+        if not self.has_graph:
+            raise UserError(
+                f"release {self.version} has no graph for Online Matching",
+                "build it with users= and graph=, see configs/release.yaml",
+            )
+        with np.load(self.folder / GRAPH, allow_pickle=False) as arrays:
+            return Graph(1, int(arrays["next_cluster"]), *(arrays[name] for name in GRAPH_ARRAYS))
 
 
 def check_version(version: str) -> str:
@@ -98,11 +118,13 @@ def build_release(
     catalogue: str,
     make_index: Callable[[RetrievalModel], Index | Hierarchical],
     task: str | None = None,
+    make_graph: Callable[[Bundle, Index], Graph] | None = None,
 ) -> Release:
     """Write a release beside `folder` and move it there when it is whole. What stands there already is never touched.
 
     bundles: by stage. catalogue: the folder of the data with the item table. make_index: an empty index for the retriever.
-    task: the final ranker's task by which items are ordered; None takes its first binary one.
+    task: the final ranker's task by which items are ordered; None takes its first binary one. make_graph: of the retriever's
+    bundle and the index; None for a release without Online Matching.
     """
     if folder.exists():
         raise UserError(f"{folder}: is there already", "a release never changes: give the new one another folder")
@@ -120,10 +142,13 @@ def build_release(
     index = make_index(retriever)
     index.add(integers(whole(rows[key])), item_vectors(loaded["retriever"], rows))
     index.save(temporary / INDEX)
+    if make_graph is not None:
+        _save_graph(temporary / GRAPH, make_graph, loaded["retriever"], index)
     pq.write_table(rows, temporary / ITEMS)
     facts = {"version": version, "key": key, "task": task or _binary_tasks(loaded["final_ranker"])[0]}
     (temporary / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
-    write_manifest(temporary, FORMAT_VERSION, hash_files(temporary, FILES))
+    names = FILES if make_graph is None else (*FILES, GRAPH)
+    write_manifest(temporary, FORMAT_VERSION, hash_files(temporary, names))
     temporary.rename(folder)
     return Release.open(folder)
 
@@ -133,11 +158,24 @@ def item_vectors(bundle: Bundle, rows: pa.Table) -> Vectors:
     """Catalogue rows as the retriever encodes them, [N, K]."""
     model, parts = bundle.model, []
     assert isinstance(model, RetrievalModel)
-    for start in range(0, len(rows), _ENCODED_ROWS):
-        batch = encode_items(rows.slice(start, _ENCODED_ROWS), bundle.schema, bundle.transforms, ITEMS)
+    for start in range(0, len(rows), ENCODED_ROWS):
+        batch = encode_items(rows.slice(start, ENCODED_ROWS), bundle.schema, bundle.transforms, ITEMS)
         parts.append(model.encode_items(model.embed(batch)))
     vectors: Vectors = torch.cat(parts).numpy()
     return vectors
+
+
+def _save_graph(
+    path: Path, make: Callable[[Bundle, Index], Graph], retriever: Bundle, index: Index | Hierarchical
+) -> None:
+    if not isinstance(retriever.model, TwoTower):
+        raise UserError(
+            f"retriever: the vectors of {type(retriever.model).__name__} have no clusters for Online Matching",
+            "take model=two_tower, or a release without a graph",
+        )
+    assert not isinstance(index, Hierarchical)
+    graph = make(retriever, index)
+    np.savez(path, next_cluster=graph.next_cluster, **{name: getattr(graph, name) for name in GRAPH_ARRAYS})
 
 
 def _check_stages(bundles: dict[str, Bundle], task: str | None) -> RetrievalModel:

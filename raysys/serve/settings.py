@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -58,12 +58,45 @@ class StageSettings(ReplicaSettings):
     batch: BatchSettings = BatchSettings()
 
 
+class PolicySettings(Settings):
+    """See `raysys.serve.bandit.policy.Policy`."""
+
+    neighbours: int = Field(default=4, ge=1)
+    temperature: float = Field(default=0.15, gt=0)
+    alpha: float = Field(default=0.3, ge=0)
+    top_n: int = Field(default=5, ge=1)
+    normalize: Literal["none", "edges"] = "none"
+    unseen_first: bool = False
+
+
+class BanditSettings(Settings):
+    """Online Matching beside the retriever, learning from `/v1/feedback`; each release has its own.
+
+    folder: of the synchronised logs, one folder in it a release; an actor that is restarted on another machine must find it.
+    candidates: that the early ranker gets from it beside the retriever's, those of the highest means. slots: items that an
+    answer explores beside its best ones. share: of the users whose answers explore. max_impressions: of one explored item, in
+    each ingress replica between two snapshots. policy: see `Policy`. The others: see `raysys.serve.bandit.aggregate.Settings`.
+    """
+
+    folder: str
+    candidates: int = Field(default=10, ge=0)
+    slots: int = Field(default=1, ge=0)
+    share: float = Field(default=1.0, ge=0, le=1)
+    max_impressions: int = Field(default=1000, ge=1)
+    policy: PolicySettings = PolicySettings()
+    shards: int = Field(default=2, ge=1)
+    ridge: float = Field(default=1.0, gt=0)
+    window_s: float = Field(default=5.0, gt=0)
+    horizon_s: float = Field(default=600.0, ge=0)
+    join_s: float = Field(default=3600.0, ge=0)
+
+
 class CascadeSettings(Settings):
-    """users: the folder of the user store; its column `seen` has the items to leave out.
+    """users: the user store, a folder or redis://HOST:PORT/DATABASE#NAME; its column `seen` has the items to leave out.
 
     retrieve: candidates that the early ranker gets. rank: those that the final ranker gets. deadline_ms: of a request that
     names none. max_requests: that a replica works on at a time; more are answered 503. retry_after_s: when those may come
-    again.
+    again. refresh_s: between two looks for newer rows of users, and for what Online Matching has learned.
     """
 
     users: str
@@ -72,14 +105,19 @@ class CascadeSettings(Settings):
     deadline_ms: float = Field(default=500.0, gt=0)
     max_requests: int = Field(default=64, ge=1)
     retry_after_s: int = Field(default=1, ge=1)
+    refresh_s: float = Field(default=5.0, gt=0)
 
 
 class HttpSettings(Settings):
-    """api_keys: the file with a key a line; None lets everybody in, which is refused for a host beyond loopback."""
+    """api_keys: the file with a key a line; None lets everybody in, which is refused for a host beyond loopback.
+
+    page: whether there is a page at /, with /v1/users and /v1/items, which show rows of both stores.
+    """
 
     api_keys: str | None = None
     max_body: int = Field(default=1 << 20, ge=1)
     max_depth: int = Field(default=16, ge=1)
+    page: bool = True
 
 
 class AppSettings(Settings):
@@ -89,6 +127,7 @@ class AppSettings(Settings):
     traffic: dict[str, float]
     shadow: str | None = None
     cascade: CascadeSettings
+    bandit: BanditSettings | None = None
     http: HttpSettings = HttpSettings()
     retriever: StageSettings = StageSettings()
     early_ranker: StageSettings = StageSettings()

@@ -18,9 +18,9 @@ from raysys.data.catalogue import encode_items
 from raysys.data.sides import fill_other_sides, side_columns
 from raysys.models.ranking.early_stage import EarlyStage, Encoded
 from raysys.models.retrieval.base import RetrievalModel
-from raysys.models.retrieval.indexes.index import NO_ITEM, Ids
+from raysys.models.retrieval.indexes.index import NO_ITEM, Ids, Vectors
 from raysys.schema import FeatureSchema, Side
-from raysys.serve.release import ITEMS, Release
+from raysys.serve.release import ENCODED_ROWS, ITEMS, Release
 
 USER_SIDES: tuple[Side, ...] = ("user", "context")
 
@@ -38,10 +38,14 @@ class Call:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Items [n] of one user, best first, and their scores [n]: of retrieval, or logits of the early stage."""
+    """Items [n] of one user, best first, and their scores [n]: of retrieval, or logits of the early stage.
+
+    user: [K] the retriever's vector of the user; [0] after the early stage.
+    """
 
     ids: Ids
     scores: NDArray[np.float32]
+    user: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
 
 
 @dataclass(frozen=True)
@@ -78,13 +82,13 @@ class RetrieverStage:
     @torch.inference_mode()
     def retrieve(self, users: pa.Table, count: Sequence[int], exclude: Sequence[Ids]) -> list[Candidates]:
         """For users [U] (a row each) the best `count[u]` items that are not in `exclude[u]`; fewer where there are no more."""
-        encoded = self._model.encode_users(self._model.embed(encode_users(self._bundle, users)))
+        encoded = self._model.encode_users(self._model.embed(encode_users(self._bundle, users))).numpy()
         wanted = max(c + len(e) for c, e in zip(count, exclude, strict=True))
-        ids, scores = self._index.search(encoded.numpy(), min(wanted, max(len(self._index), 1)))
+        ids, scores = self._index.search(encoded, min(wanted, max(len(self._index), 1)))
         results = []
         for row in range(len(users)):  # a loop over requests, not over items
             kept = np.flatnonzero((ids[row] != NO_ITEM) & ~np.isin(ids[row], exclude[row]))[: count[row]]
-            results.append(Candidates(ids[row][kept], scores[row][kept]))
+            results.append(Candidates(ids[row][kept], scores[row][kept], encoded[row]))
         return results
 
 
@@ -169,3 +173,15 @@ def known_columns(users: pa.Table, schema: FeatureSchema) -> pa.Table:
     names = side_columns(schema, *USER_SIDES)
     given = set(users.column_names)
     return pa.table({name: users[name] if name in given else pa.nulls(len(users)) for name in names})
+
+
+@torch.inference_mode()
+def user_vectors(bundle: Bundle, users: pa.Table) -> Vectors:
+    """Users [U] as a retriever encodes them where nothing is known of the context, [U, K]."""
+    model, parts = bundle.model, []
+    assert isinstance(model, RetrievalModel)
+    for start in range(0, len(users), ENCODED_ROWS):
+        batch = encode_users(bundle, users.slice(start, ENCODED_ROWS))
+        parts.append(model.encode_users(model.embed(batch)))
+    vectors: Vectors = torch.cat(parts).numpy()
+    return vectors

@@ -64,6 +64,9 @@ class FeatureStore(Protocol):
         Raises UserError for keys of another type.
         """
 
+    def some_keys(self, count: int) -> list[Any]:
+        """The keys of up to `count` rows, in no order."""
+
     def put(self, rows: pa.Table) -> None:
         """Add rows, or replace those of the same key as a whole. Raises UserError where columns or types differ."""
 
@@ -138,6 +141,11 @@ class ArrowStore:
             return with_keys(missing_rows(opened.rows.schema, len(asked)), opened.key, asked), found
         rows = opened.rows.take(pa.array(place, mask=None if found.all() else ~found))
         return (rows if found.all() else with_keys(rows, opened.key, asked)), found
+
+    def some_keys(self, count: int) -> list[Any]:
+        """See `FeatureStore.some_keys`."""
+        opened = self._opened
+        return opened.rows.column(opened.key)[:count].to_pylist()
 
     def put(self, rows: pa.Table) -> None:
         """See `FeatureStore.put`."""

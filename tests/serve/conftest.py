@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+from types import SimpleNamespace
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,7 +13,9 @@ import yaml
 
 from raysys.config import compose
 from raysys.models.retrieval.indexes.exact import Exact
+from raysys.serve.bandit.build import build_graph
 from raysys.serve.release import build_release
+from raysys.serve.stages import user_vectors
 from raysys.serve.store import ArrowStore
 from raysys.train.export import export_run
 from raysys.train.trainer import fit, prepare
@@ -110,9 +115,16 @@ def stage_bundles(served_data, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def make_release(stage_bundles, served_data):
-    """make(folder, version, seed) builds a release with an exact index."""
+    """make(folder, version, seed, clusters) builds a release with an exact index; clusters: of a graph, None for none."""
 
-    def make(folder, version, seed=0, **arguments):
+    def make(folder, version, seed=0, clusters=None, **arguments):
+        if clusters is not None:
+
+            def graph(bundle, index):
+                users = pq.read_table(served_data / "valid.parquet")
+                return build_graph(user_vectors(bundle, users), index, clusters=clusters, width=10)
+
+            arguments["make_graph"] = graph
         bundles = stage_bundles(seed)
         return build_release(folder, version, bundles, str(served_data), lambda model: Exact(model.width), **arguments)
 
@@ -133,3 +145,36 @@ def user_store(served_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stores") / "users"
     ArrowStore.create(folder, pa.Table.from_pylist(list(newest.values())), "user")
     return folder
+
+
+@pytest.fixture(scope="module")
+def learning(ray_cluster, make_release, user_store, tmp_path_factory):
+    """The address of an application with Online Matching that counts twice a second, and the folder of its logs."""
+    from ray import serve
+
+    from raysys.serve.app import build
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path_factory.mktemp("learning")
+    version = f"learns-{port}"  # its actors are found by this name
+    release = make_release(folder / "release", version, clusters=6)
+    stage = {"num_cpus": 0.1}
+    config = {
+        "releases": {version: str(release.folder)},
+        "traffic": {version: 1.0},
+        "cascade": {
+            "users": str(user_store),
+            "retrieve": 20,
+            "rank": 10,
+            "deadline_ms": 10_000,
+            "refresh_s": 0.3,
+        },
+        "bandit": {"folder": str(folder / "bandit"), "slots": 2, "window_s": 0.5, "policy": {"neighbours": 2}},
+        **{name: stage for name in ("retriever", "early_ranker", "ranker", "ingress")},
+    }
+    serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
+    serve.run(build(config), name="raysys", route_prefix="/")
+    yield SimpleNamespace(url=f"http://127.0.0.1:{port}", release=release, bandit=folder / "bandit")
+    serve.shutdown()

@@ -74,9 +74,13 @@ def test_recommend_goes_through_the_three_stages(post, release, user_store):
     assert [(stage.stage, stage.entered, stage.left) for stage in found.stages] == [
         ("retrieve", 20, 20),
         ("early", 20, 10),
-        ("rank", 10, 10),
+        ("rank", 10, 5),
     ]
-    assert {item.item for item in found.stages[1].items} == set(early.ids.tolist())
+    assert [item.item for item in found.stages[1].items][:10] == early.ids.tolist()
+    assert {item.item for item in found.stages[1].items} == set(candidates.ids.tolist())  # also those that fell out
+    assert [item.item for item in found.stages[2].items] == early.ids[order].tolist()
+    assert found.explored == []
+    assert found.items[0].impression is None
 
 
 def test_retrieve_and_rank_by_themselves(post, release):
@@ -141,6 +145,29 @@ def test_what_is_wrong_is_refused_by_its_name(post, body, status, message):
     assert "/" not in answer.json()["error"]  # no paths
 
 
+def test_rows_of_users_and_items(served, post, user_store):
+    def get(path):
+        return requests.get(f"{served}{path}", headers=HEADERS, timeout=60)
+
+    some = get("/v1/users?count=7").json()
+    assert some["key"] == "user"
+    assert len({row["user"] for row in some["rows"]}) == 7
+    (row,) = get("/v1/users/3").json()["rows"]
+    assert row == ArrowStore(user_store).get([3])[0].to_pylist()[0]
+    assert get("/v1/users/3").json()["item_columns"] == ["liked"]
+    assert get("/v1/users/100000").json()["rows"] == []
+    for name, message in (("three", "an integer is expected"), (str(2**70), "64 bits")):
+        assert get(f"/v1/users/{name}").status_code == 422
+        assert message in get(f"/v1/users/{name}").json()["error"]
+    items = post("/v1/retrieve", {"user": 3, "count": 2}).json()["items"]
+    keys = [item["item"] for item in items] + [-5]
+    rows = post("/v1/items", {"version": "v1", "items": keys}).json()["rows"]
+    assert [row["item"] for row in rows] == keys
+    assert rows[0]["title"].startswith("Item ")
+    assert rows[2]["title"] is None
+    assert "known: v1" in post("/v1/items", {"version": "other", "items": keys}, 422).json()["error"]
+
+
 def test_only_json_is_read(post):
     for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
         assert "application/json" in post("/v1/recommend", {"user": 3}, 415, **{"Content-Type": kind}).json()["error"]
@@ -172,6 +199,8 @@ def test_the_client_speaks_all_of_it(served):
         assert sorted(item.item for item in ranking.items) == sorted(ids)
         batch = client.rank_batch([RankRequest(user=3, items=ids, context={"hour": 5}), RankRequest(user=4, items=ids)])
         np.testing.assert_allclose([i.score for i in batch[0].items], [i.score for i in ranking.items], rtol=1e-5)
+        with pytest.raises(UserError, match="takes no feedback"):
+            client.feedback({"v1:0000000000000001": 1.0})
         assert client.models().versions[0].version == "v1"
         with pytest.raises(UserError, match="count: "):
             client.recommend(3, 0)

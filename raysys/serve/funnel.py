@@ -1,0 +1,160 @@
+"""The stages of one request one after another, within its deadline: fewer items where time runs short, never none."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from raysys.models.retrieval.indexes.index import Ids
+from raysys.serve.answers import explored_items, name_impressions, ranked, report, scored
+from raysys.serve.bandit.explorer import Explorer
+from raysys.serve.bandit.feedback import Impressions
+from raysys.serve.messages import RecommendRequest, ScoredItem, StageReport
+from raysys.serve.settings import CascadeSettings
+from raysys.serve.stages import Call, Candidates
+from raysys.serve.visitors import Visitor
+
+MARGIN_S = 0.005
+"""Of a deadline, kept for the way back to the client."""
+
+
+class _Costs:
+    """Seconds that a stage takes for an item, as a moving average over its calls: what a deadline leaves room for."""
+
+    WEIGHT = 0.1
+
+    def __init__(self) -> None:
+        self._per_item: float | None = None
+
+    def add(self, items: int, seconds: float) -> None:
+        found = seconds / max(items, 1)
+        self._per_item = found if self._per_item is None else self._per_item + self.WEIGHT * (found - self._per_item)
+
+    def room(self, seconds: float, most: int) -> int:
+        """The items, at most `most`, that can be expected to be ready in these seconds."""
+        if self._per_item is None:
+            return most if seconds > 0 else 0
+        found = max(0, min(most, int(seconds / self._per_item)))
+        if not found:  # nothing will be measured: without this one slow moment would turn the stage off for good
+            self._per_item *= 1 - self.WEIGHT
+        return found
+
+
+@dataclass
+class Passage:
+    """One request on its way. complete: whether every stage did all of its work. impressions: to be logged."""
+
+    version: str
+    visitor: Visitor
+    request: RecommendRequest
+    deadline: float
+    items: list[ScoredItem] = field(default_factory=list)
+    explored: list[ScoredItem] = field(default_factory=list)
+    stages: list[StageReport] = field(default_factory=list)
+    complete: bool = True
+    impressions: Impressions | None = None
+
+
+class Funnel:
+    """call: asks a stage, "retrieve", "early" or "rank". explorer: where the deployment has Online Matching."""
+
+    def __init__(
+        self,
+        settings: CascadeSettings,
+        call: Callable[[str, Call], Awaitable[Any]],
+        explorer: Explorer | None,
+    ) -> None:
+        self._settings, self._call, self._explorer = settings, call, explorer
+        self._rank_cost = _Costs()
+
+    async def run(self, version: str, visitor: Visitor, request: RecommendRequest, learn: bool = True) -> Passage:
+        """Candidates, the early choice, the final order.
+
+        Candidates are waited for. Where the early stage is late the retriever's order is the answer, where the final one is,
+        the early stage's. learn: whether Online Matching takes part.
+        """
+        limit = (request.deadline_ms or self._settings.deadline_ms) / 1000
+        passage = Passage(version, visitor, request, time.monotonic() + limit - min(MARGIN_S, limit / 2))
+        explorer = self._explorer if learn else None
+        found = await self._retrieve(passage)
+        ids = found.ids if explorer is None else self._with_offers(explorer, passage, found)
+        early = await self._choose(passage, ids) if len(ids) else None
+        if early is not None and len(early):
+            await self._rank(passage, early)
+        passage.items = passage.items[: request.count]
+        if explorer is not None:
+            self._explore(explorer, passage, found)
+        return passage
+
+    async def _retrieve(self, passage: Passage) -> Candidates:
+        wide = max(self._settings.retrieve, passage.request.count)
+        call = Call(passage.version, passage.visitor.row, wide, exclude=passage.visitor.left_out)
+        start = time.monotonic()
+        outcome = await self._call("retrieve", call)
+        assert isinstance(outcome, Candidates)
+        passage.items = scored(outcome)
+        passage.stages.append(report("retrieve", wide, len(outcome.ids), time.monotonic() - start, passage.items))
+        return outcome
+
+    def _with_offers(self, explorer: Explorer, passage: Passage, found: Candidates) -> Ids:
+        """The candidates [n] with those that Online Matching has learned to be good."""
+        start = time.monotonic()
+        left_out = np.concatenate([passage.visitor.left_out, found.ids])
+        more, means = explorer.exploit(passage.version, found.user, left_out)
+        if len(more):
+            offers = scored(Candidates(more, means))
+            passage.stages.append(report("learned", len(more), len(more), time.monotonic() - start, offers))
+        return np.concatenate([found.ids, more])
+
+    async def _choose(self, passage: Passage, ids: Ids) -> Ids | None:
+        """The items [n] that the final stage gets; None where the early stage is late."""
+        call = Call(passage.version, passage.visitor.row, len(ids), ids)
+        outcome, seconds = await self._until(passage.deadline, "early", call)
+        if outcome is None:
+            passage.complete = False
+            return None
+        assert isinstance(outcome, Candidates)
+        kept = min(len(ids), max(self._settings.rank, passage.request.count))
+        order = scored(outcome)
+        passage.items = order[:kept]
+        passage.stages.append(report("early", len(ids), kept, seconds, order))
+        return outcome.ids[:kept]
+
+    async def _rank(self, passage: Passage, ids: Ids) -> None:
+        room = self._rank_cost.room(passage.deadline - time.monotonic(), len(ids))
+        passage.complete = room == len(ids)
+        if not room:
+            return
+        call = Call(passage.version, passage.visitor.row, items=ids[:room])
+        outcome, seconds = await self._until(passage.deadline, "rank", call)
+        self._rank_cost.add(room, seconds)
+        if outcome is None:
+            passage.complete = False
+            return
+        count = passage.request.count
+        order = ranked(call.items, outcome)
+        passage.items = [*order, *passage.items[room:]] if room < count else order
+        passage.stages.append(report("rank", room, min(room, count), seconds, order))
+
+    def _explore(self, explorer: Explorer, passage: Passage, found: Candidates) -> None:
+        shown = np.array([item.item for item in passage.items], np.int64)
+        left_out = np.concatenate([passage.visitor.left_out, shown])
+        explored = explorer.explore(passage.version, passage.request.user, found.user, left_out)
+        passage.explored = explored_items(explored)
+        passage.impressions = explorer.impressions(passage.version, found.user, shown, explored, time.time())
+        if passage.impressions is not None:
+            name_impressions(passage.version, [*passage.items, *passage.explored], passage.impressions)
+
+    async def _until(self, deadline: float, stage: str, call: Call) -> tuple[Any, float]:
+        """The outcome, None where it is not there in time, and the seconds until then."""
+        start = time.monotonic()
+        try:
+            outcome = await asyncio.wait_for(self._call(stage, call), max(deadline - start, 0.001))
+        except asyncio.TimeoutError:
+            outcome = None
+        return outcome, time.monotonic() - start
