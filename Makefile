@@ -1,6 +1,6 @@
 # `make` lists what there is. Every target sets up .venv first where that is missing or out of date.
 .DEFAULT_GOAL := help
-.PHONY: help setup train test soak bench results lint doctor lock
+.PHONY: help setup train serve test soak bench results lint doctor lock
 
 PYTHON ?= python3
 VENV := .venv/bin/python
@@ -15,6 +15,18 @@ setup: ## Create .venv with the pinned stack (nothing is done where it is up to 
 
 train: setup ## Prepare MovieLens-100K and train a DHEN on it with 2 Ray Train workers
 	$(VENV) jobs/train.py experiment=movielens trainer=ray $(ARGS)
+
+# Each is made once; delete it to have it made anew.
+runs/served/%/bundle/manifest.json: | setup
+	$(VENV) jobs/train.py experiment=movielens_$* runs_folder=runs/served run_id=$* resume=auto
+
+releases/movielens/manifest.json: $(foreach stage,retriever early final,runs/served/$(stage)/bundle/manifest.json)
+	$(VENV) jobs/release.py retriever=runs/served/retriever early_ranker=runs/served/early final_ranker=runs/served/final \
+	    output=releases/movielens users=stores/movielens graph='{clusters: 32, width: 50}'
+
+serve: setup releases/movielens/manifest.json ## Train the three stages of a cascade on MovieLens-100K, once, and serve them at http://127.0.0.1:8000
+	$(VENV) jobs/deploy.py serve.releases='{movielens: releases/movielens}' serve.traffic='{movielens: 1.0}' \
+	    serve.cascade.users=stores/movielens serve.bandit='{folder: logs/bandit}' $(ARGS)
 
 test: setup ## Run the test suite
 	$(PYTEST) $(ARGS)
