@@ -1,13 +1,13 @@
 # `make` lists what there is. Every target sets up .venv first where that is missing or out of date.
 .DEFAULT_GOAL := help
-.PHONY: help setup train serve test soak bench results lint doctor lock
+.PHONY: help setup train serve test soak bench bench-serve results lint doctor lock
 
 PYTHON ?= python3
 VENV := .venv/bin/python
 PYTEST := $(VENV) -m pytest -p no:cacheprovider -rs --durations=15
 
 help: ## List these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo '  ARGS="..." is passed on: make train ARGS="train.epochs=2", make test ARGS="tests/data"'
 
 setup: ## Create .venv with the pinned stack (nothing is done where it is up to date)
@@ -36,6 +36,9 @@ soak: setup ## Run the tests that train or kill things, and write a record to do
 
 bench: setup ## Measure throughput against the bare loop
 	$(VENV) jobs/bench.py $(ARGS)
+
+bench-serve: setup releases/movielens/manifest.json ## Measure what `make serve` serves: latency, throughput, overload, killed replicas, swaps
+	$(VENV) jobs/bench_serve.py $(ARGS)
 
 results: setup ## Train what the comparison of models lacks and write docs/results.md
 	$(VENV) jobs/compare.py $(ARGS)
