@@ -146,19 +146,24 @@ class Comparison:
         return rows
 
     def two_towers(self, run: Snapshots) -> dict[str, Figures]:
-        """Every inner product, and inverted lists with as many compared items as the HSNN scores."""
+        """Every inner product, and inverted lists with as many compared items as the HSNN scores, in the best number of lists."""
         items, valid, test = self.vectors(run)
         assert torch.equal(test.own, self.test.own)
-        vectors, queries = items.numpy(), test.users.numpy()
-        exact, lists = Exact(vectors.shape[1]), InvertedLists(vectors)
+        vectors, asking, queries = items.numpy(), valid.users.numpy(), test.users.numpy()
+        exact = Exact(vectors.shape[1])
         exact.add(np.arange(len(vectors)), vectors)
         (best, _), cost = timed(lambda: exact.search(queries, self.k))
-        probes = lists.probes_within(valid.users.numpy(), self.scored)
+        wanted, choices = exact.search(asking, self.k)[0], list[tuple[float, InvertedLists, int, float]]()
+        for per_root in self.config["ivf_lists"]:
+            lists = InvertedLists(vectors, per_root)
+            probes = lists.probes_within(asking, self.scored)
+            choices.append((overlap(lists.search(asking, self.k, probes), wanted), lists, probes, per_root))
+        _, lists, probes, per_root = max(choices, key=lambda choice: choice[0])
         found, ivf_cost = timed(lambda: lists.search(queries, self.k, probes))
         scored = float(lists.scored(queries)[:, probes - 1].mean())
         return {
             "two towers, exact": self.row(best, best, len(vectors), cost),
-            "two towers, IVF": self.row(found, best, scored, ivf_cost) | {"probes": probes},
+            "two towers, IVF": self.row(found, best, scored, ivf_cost) | {"probes": probes, "lists_per_root": per_root},
         }
 
     def curriculum(self) -> list[Figures]:

@@ -72,12 +72,15 @@ def tradeoff(model: HSNN, index: Hierarchical, users: Tensor, wanted: Ids) -> Tr
 
 
 class InvertedLists:
-    """The items [N, K] in about 4√N lists around centroids, by inner product: what `IVFPQ` has, without the codes."""
+    """The items [N, K] in lists around centroids, by inner product: what `IVFPQ` has, without the codes.
 
-    def __init__(self, vectors: Vectors) -> None:
+    per_root: lists over √N. `IVFPQ` has 4; where few vectors may be compared, fewer centroids leave more of them to items.
+    """
+
+    def __init__(self, vectors: Vectors, per_root: float) -> None:
         dim = vectors.shape[1]
         self._quantizer = faiss.IndexFlatIP(dim)
-        lists = max(1, min(round(4 * len(vectors) ** 0.5), len(vectors) // 39))  # as many as IVFPQ takes
+        lists = max(1, min(round(per_root * len(vectors) ** 0.5), len(vectors) // 39))  # faiss asks for 39
         self._index = faiss.IndexIVFFlat(self._quantizer, dim, lists, faiss.METRIC_INNER_PRODUCT)
         self._index.cp.max_points_per_centroid = 64
         with faiss_threads(1):

@@ -72,9 +72,10 @@ def at(curve, beams):
 
 def test_inverted_lists_count_what_they_compare(fill):
     filled = fill(Exact)
-    lists, queries = InvertedLists(filled.vectors), filled.queries
+    lists, queries = InvertedLists(filled.vectors, 1), filled.queries
     scored = lists.scored(queries)
     assert (np.diff(scored, axis=1) >= 0).all()
+    assert scored.shape[1] == round(len(filled.vectors) ** 0.5)
     assert (scored[:, -1] == scored.shape[1] + len(filled.vectors)).all()
     probes = lists.probes_within(queries, 800)
     assert scored[:, probes - 1].mean() <= 800 < scored[:, probes].mean()
