@@ -1,6 +1,6 @@
 """Retrieval models ranked over a full catalogue: `python jobs/compare_retrieval.py source=FOLDER` prints the table.
 
-Each model is trained with every seed; the weights of the epoch with the best validation NDCG@10 are tested, beside what counting
+Each model is trained with every seed; the weights that its experiment keeps are tested, beside what counting
 alone retrieves. The record is written after each run, and runs that stand there are not repeated.
 """
 
@@ -60,19 +60,20 @@ class Run:
 def main(config: Config) -> None:
     """Train what is missing, and print the table."""
     record = read_record(Path(config["record"]))
+    commit = commit_here()  # now, and not when a run ends: the code that runs is loaded
     for seed in config["seeds"]:  # all models with one seed, then the next: an interrupted comparison has whole rows
         for model, overrides in config["models"].items():
             if any((run["model"], run["seed"]) == (model, seed) for run in record["runs"]):
                 continue
-            run, baselines = train(config, model, overrides, seed)
+            run, baselines = train(config, model, overrides, seed, commit)
             record["runs"].append(asdict(run))
             record["baselines"] = baselines
-            write_record(config, record)
+            write_record(config, record, commit)
             print(f"{model}, seed {seed}: {run.seconds:.0f} s, valid {METRIC} {run.valid[METRIC]:.4f}", flush=True)
     print(table(record))
 
 
-def train(config: Config, model: str, overrides: list[str], seed: int) -> tuple[Run, dict[str, Metrics]]:
+def train(config: Config, model: str, overrides: list[str], seed: int, commit: str) -> tuple[Run, dict[str, Metrics]]:
     """One run in this process, and the test metrics of the baselines by name."""
     name = f"{model}-{seed}"
     runs_folder = Path(config["runs_folder"]).resolve()
@@ -101,7 +102,7 @@ def train(config: Config, model: str, overrides: list[str], seed: int) -> tuple[
         loss=loss_name(settings),
         overrides=overrides,
         seed=seed,
-        commit=commit_here(),
+        commit=commit,
         steps=outcome.step,
         best_step=outcome.best["step"] or outcome.step,
         seconds=round(seconds, 1),
@@ -160,11 +161,11 @@ def read_record(path: Path) -> dict[str, Any]:
     return content
 
 
-def write_record(config: Config, record: dict[str, Any]) -> None:
+def write_record(config: Config, record: dict[str, Any], commit: str) -> None:
     """All runs so far, and how and on what the last one was made."""
     content = {
         "command": shlex.join(["python", *sys.argv]),
-        "commit": commit_here(),
+        "commit": commit,
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seeds": config["seeds"],
         "machine": machine() | {"threads": int(os.environ.get("OMP_NUM_THREADS", "1"))},

@@ -133,7 +133,12 @@ def test_on_beauty_all_items_teach_more_than_one_negative_and_more_than_counting
     source = os.environ.get("AMAZON_BEAUTY")
     if source is None:
         pytest.skip("AMAZON_BEAUTY=FOLDER names the folder with sequences.txt.gz and items.parquet")
-    given = [f"source={source}", f"data_folder={tmp_path}", f"runs_folder={tmp_path}/runs", f"record={tmp_path}/record.json"]
+    given = [
+        f"source={source}",
+        f"data_folder={tmp_path}",
+        f"runs_folder={tmp_path}/runs",
+        f"record={tmp_path}/record.json",
+    ]
     config = compose([*given, "seeds=[0]"], "compare_retrieval")
     config["models"] = {name: config["models"][name] for name in ("sasrec_full", "sasrec_bce")}
     job.main(config)
