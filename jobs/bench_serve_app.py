@@ -117,7 +117,7 @@ def application(config: Mapping[str, Any], replicas: Mapping[str, int]) -> Itera
     batch = {"max_batch_size": config["max_batch_size"], "wait_ms": config["wait_ms"], "threads": config["threads"]}
     stages = {
         name: {"min_replicas": count, "max_replicas": count, "num_cpus": 0.1}
-        | ({} if name == "ingress" else {"batch": batch, "max_ongoing": 2 * batch["max_batch_size"]})
+        | ({} if name == "ingress" else {"batch": batch})
         for name, count in replicas.items()
     }
     settings = {

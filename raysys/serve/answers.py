@@ -1,4 +1,4 @@
-"""What stages say, as the messages that clients get."""
+"""What stages say, as the messages that clients get. Our own numbers are not validated: for 200 items that takes a millisecond."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from raysys.serve.stages import Candidates, Predictions
 def scored(found: Candidates) -> list[ScoredItem]:
     """Candidates in their order."""
     pairs = zip(found.ids.tolist(), found.scores.tolist(), strict=True)
-    return [ScoredItem(item=item, score=score) for item, score in pairs]
+    return [ScoredItem.model_construct(item=item, score=score) for item, score in pairs]
 
 
 def ranked(ids: Ids, found: Predictions) -> list[ScoredItem]:
@@ -23,7 +23,7 @@ def ranked(ids: Ids, found: Predictions) -> list[ScoredItem]:
     order = np.argsort(-scores, kind="stable")
     rows = zip(ids[order].tolist(), scores[order].tolist(), found.values[order].tolist(), strict=True)
     return [
-        ScoredItem(item=item, score=score, predictions=dict(zip(found.tasks, values, strict=True)))
+        ScoredItem.model_construct(item=item, score=score, predictions=dict(zip(found.tasks, values, strict=True)))
         for item, score, values in rows
     ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from raysys.errors import UserError
 
@@ -53,9 +53,24 @@ class ReplicaSettings(Settings):
 
 
 class StageSettings(ReplicaSettings):
-    """Replicas that compute batches."""
+    """Replicas that compute batches.
 
+    max_ongoing: what waits for a batch is among them. Where a replica takes no more, Serve tries again after pauses of up to
+    half a second, so the requests of all ingress replicas should find room: what they may have under way limits the queue.
+    """
+
+    max_ongoing: int = Field(default=256, ge=1)
     batch: BatchSettings = BatchSettings()
+
+
+class IngressSettings(ReplicaSettings):
+    """Of the cascade. Room for many more than `max_requests`: those are refused by the cascade itself, which says when to come
+    again; a queue of Serve that is full does not.
+    """
+
+    target_ongoing: float = Field(default=32, gt=0)
+    max_ongoing: int = Field(default=512, ge=1)
+    max_queued: int = Field(default=2048, ge=0)
 
 
 class PolicySettings(Settings):
@@ -132,8 +147,14 @@ class AppSettings(Settings):
     retriever: StageSettings = StageSettings()
     early_ranker: StageSettings = StageSettings()
     ranker: StageSettings = StageSettings()
-    ingress: ReplicaSettings = ReplicaSettings(max_ongoing=256, max_queued=256)
+    ingress: IngressSettings = IngressSettings()
     allowed: list[str] = []
+
+    @model_validator(mode="after")
+    def _refuses_itself(self) -> AppSettings:
+        if self.ingress.max_ongoing <= self.cascade.max_requests:
+            raise ValueError("ingress.max_ongoing must exceed cascade.max_requests: the rest is what gets a 503")
+        return self
 
 
 def read_settings(config: dict[str, Any]) -> AppSettings:

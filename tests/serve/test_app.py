@@ -38,7 +38,8 @@ def served(ray_cluster, release, user_store, tmp_path_factory):
         "traffic": {"v1": 1.0},
         "cascade": {"users": str(user_store), "retrieve": 20, "rank": 10, "deadline_ms": 10_000},
         "http": {"api_keys": str(keys), "max_body": 20_000},
-        **{name: STAGE for name in ("retriever", "early_ranker", "ranker", "ingress")},
+        **{name: STAGE for name in ("retriever", "early_ranker", "ranker")},
+        "ingress": {"num_cpus": 0.1},
     }
     serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
     serve.run(build(config), name="raysys", route_prefix="/")
