@@ -83,7 +83,13 @@ class Asker:
         """A load that runs beside the block; the list has its result after it."""
         result: list[Load] = []
         with tempfile.TemporaryDirectory() as folder:
-            plan: dict[str, Any] = {"url": self.url, "path": path, "bodies": list(bodies), "rate": rate, "seconds": seconds}
+            plan: dict[str, Any] = {
+                "url": self.url,
+                "path": path,
+                "bodies": list(bodies),
+                "rate": rate,
+                "seconds": seconds,
+            }
             plan |= {"keep": keep, "seed": self._seed, "cores": self._cores, "timeout_s": TIMEOUT_S}
             plan["output"] = f"{folder}/requests.json"
             command = [sys.executable, "-m", "locust", "-f", str(LOAD), "--headless", "-u", "1", "--only-summary"]
@@ -143,11 +149,11 @@ def read_version(release: str) -> str:
 
 def replicas_of(deployment: str) -> list[psutil.Process]:
     """The processes of its replicas, oldest first."""
-    title = f"ray::ServeReplica:raysys:{deployment}"
+    title = f"ServeReplica:raysys:{deployment}"  # what it does at the moment may stand around it
     found = []
     for process in psutil.process_iter():
         try:
-            if process.cmdline()[:1] and process.cmdline()[0].startswith(title):
+            if title in " ".join(process.cmdline()[:1]):
                 found.append((process.create_time(), process))
         except (psutil.NoSuchProcess, psutil.ZombieProcess):
             continue

@@ -19,7 +19,7 @@ class BatchSettings(Settings):
     """max_batch_size: calls that are computed together. wait_ms: how long the first waits for others. threads: of the model."""
 
     max_batch_size: int = Field(default=16, ge=1)
-    wait_ms: float = Field(default=2.0, ge=0)
+    wait_ms: float = Field(default=0.0, ge=0)
     threads: int = Field(default=1, ge=1)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from raysys.errors import UserError
 from raysys.serve.plan import Plan
+from raysys.serve.settings import read_settings
 
 RELEASES = {"v1": "a", "v2": "b", "v3": "c"}
 
@@ -52,3 +53,10 @@ def test_shares_that_round_below_one_still_assign_everyone():
 def test_a_plan_that_makes_no_sense_is_refused(config, message):
     with pytest.raises(UserError, match=message):
         Plan.from_config(config)
+
+
+def test_what_is_one_too_many_must_reach_the_one_who_refuses_it():
+    given = {"releases": {}, "traffic": {}, "cascade": {"users": "stores/users", "max_requests": 8}}
+    assert read_settings(given | {"ingress": {"num_cpus": 0.1}}).ingress.max_ongoing == 512
+    with pytest.raises(UserError, match=r"must exceed cascade\.max_requests"):
+        read_settings(given | {"ingress": {"max_ongoing": 8}})
