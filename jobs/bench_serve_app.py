@@ -19,11 +19,10 @@ import psutil
 import ray
 from ray import serve
 
-from raysys.serve.deploy import Deployment
+from raysys.serve.deploy import FAST_PATH, Deployment
 from raysys.serve.settings import read_settings
 
 LOAD = Path(__file__).with_name("bench_serve_load.py")
-HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 TIMEOUT_S = 60.0
 
 
@@ -117,7 +116,7 @@ class Asker:
 @contextmanager
 def application(config: Mapping[str, Any], replicas: Mapping[str, int]) -> Iterator[Deployment]:
     """The application on a Ray of its own. replicas: by `retriever`, `early_ranker`, `ranker`, `ingress`."""
-    os.environ.update(HAPROXY if config["proxy"] == "haproxy" else {})
+    os.environ.update(FAST_PATH if config["proxy"] == "haproxy" else {})
     dashboard = ray.init(include_dashboard=True, log_to_driver=False, num_cpus=16).dashboard_url
     version = read_version(config["release"])
     batch = {"max_batch_size": config["max_batch_size"], "wait_ms": config["wait_ms"], "threads": config["threads"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import ray
 
 from raysys.config import Config, run_job
 from raysys.errors import UserError
-from raysys.serve.deploy import Deployment
+from raysys.serve.deploy import FAST_PATH, Deployment
 from raysys.serve.settings import read_settings
 
 
@@ -34,6 +35,8 @@ def main(config: Config) -> None:
     settings = read_settings(_resolved(config["serve"]))
     address = config["address"]
     if address is None:
+        if config["fast_path"]:
+            os.environ.update(FAST_PATH)
         address = (
             f"http://{ray.init(num_cpus=config['cpus'], include_dashboard=True, log_to_driver=False).dashboard_url}"
         )

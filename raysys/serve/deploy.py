@@ -23,6 +23,8 @@ from raysys.serve.stages import EarlyRankerStage, RankerStage, RetrieverStage
 NAME = "raysys"
 IMPORT_PATH = "raysys.serve.app:build"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+FAST_PATH = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+"""Variables of a Ray that is to be started: HAProxy before the ingress, and replicas that speak gRPC to each other."""
 _POLL_S = 0.2
 
 
