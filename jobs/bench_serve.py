@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import torch
-from bench_serve_app import Asker, application, memory
+from bench_result import machine
+from bench_serve_app import PROXIES, Asker, application, memory
 from bench_serve_faults import kills, swaps
 
 from raysys.config import Config, run_job
+from raysys.errors import UserError, nearest
 from raysys.machine import commit_here
 from raysys.serve.app import INGRESS, STAGES
 from raysys.serve.release import Release
@@ -34,11 +35,15 @@ from raysys.strict_json import to_plain
 
 CALLS, BATCHES = 300, 60
 NAMES = (*STAGES, INGRESS)
+PARTS = ("model", "saturation", "half", "overload", "kills", "swaps")
+LATE_MS = 1.0
 Figures = dict[str, Any]
 
 
 def main(config: Config) -> None:
     """Measure the parts, print the table, write the record."""
+    check(config)
+    about = machine() | {"threads_per_process": config["threads"]}
     torch.set_num_threads(config["threads"])
     bodies = make_bodies(config)
     figures: Figures = {"model": model_time(config, bodies)}
@@ -47,7 +52,7 @@ def main(config: Config) -> None:
     others = config["replicas"]["others"]
     replicas = {"retriever": others, "early_ranker": others, "ranker": config["replicas"]["ranker"], "ingress": others}
     parts = set(config["parts"])
-    if parts & {"saturation", "half", "overload"}:
+    if parts & {"half", "overload"} or (config["rate"] is None and parts - {"model"}):
         with application(config, replicas):
             warm_up(asker, bodies)
             if config["rate"] is None:
@@ -68,7 +73,14 @@ def main(config: Config) -> None:
                 figures["swaps"] = swaps(config, asker, deployment, asked, rate)
     print(table(figures))
     if config["record"]:
-        write_record(config, figures)
+        write_record(config, about, figures)
+
+
+def check(config: Config) -> None:
+    """Names that are chosen from a list."""
+    for key, names, known in (("parts", config["parts"], PARTS), ("proxy", [config["proxy"]], tuple(PROXIES))):
+        for name in set(names) - set(known):
+            raise UserError(f"{key} has {name!r}", nearest(name, known))
 
 
 def make_bodies(config: Config) -> list[dict[str, Any]]:
@@ -176,18 +188,22 @@ def table(figures: Figures) -> str:
     for part in ("kills", "swaps"):
         if part in figures:
             rows += [(f"{part}, {name}", value, target) for name, value, target in figures[part]["rows"]]
+    loads = [figures[part] for part in PARTS[2:] if part in figures]
+    if loads:
+        late = max(load["generator_late_p99_ms"] for load in loads)
+        rows.append(("answers without the request's X-Request-ID", str(sum(load["lost_ids"] for load in loads)), "0"))
+        rows.append(("load generator, p99 of how late it sent", f"{late:.1f} ms", f"{LATE_MS:g} ms"))
     lines = ["| | measured | target |", "| --- | --- | --- |"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-def write_record(config: Config, figures: Figures) -> None:
+def write_record(config: Config, about: Figures, figures: Figures) -> None:
     """What was measured, on what."""
     content = {
         "command": shlex.join(["python", *sys.argv]),
         "commit": commit_here(),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "cores": psutil.cpu_count(),
-        "load_average": os.getloadavg(),
+        "machine": about | {"load_after": os.getloadavg()[0]},
         "config": config,
         "figures": figures,
     }

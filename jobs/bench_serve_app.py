@@ -19,10 +19,11 @@ import psutil
 import ray
 from ray import serve
 
-from raysys.serve.deploy import FAST_PATH, Deployment
+from raysys.serve.deploy import FAST_PATH, NAME, Deployment
 from raysys.serve.settings import read_settings
 
 LOAD = Path(__file__).with_name("bench_serve_load.py")
+PROXIES: dict[str, dict[str, str]] = {"default": {}, "haproxy": FAST_PATH}
 TIMEOUT_S = 60.0
 
 
@@ -63,6 +64,7 @@ class Load:
             "seconds": self.seconds,
             "accepted_rate": self.accepted_rate(),
             "statuses": self.statuses(),
+            "lost_ids": sum(not r.get("has_id", True) for r in self.requests),
             **percentiles,
             "generator_late_p99_ms": self.lateness(),
             "generator_cores": self.cpu,
@@ -92,7 +94,8 @@ class Asker:
             plan |= {"keep": keep, "seed": self._seed, "cores": self._cores, "timeout_s": TIMEOUT_S}
             plan["output"] = f"{folder}/requests.json"
             command = [sys.executable, "-m", "locust", "-f", str(LOAD), "--headless", "-u", "1", "--only-summary"]
-            environment = os.environ | {"RAYSYS_LOAD": json.dumps(plan)}
+            Path(folder, "plan.json").write_text(json.dumps(plan))  # too long for a variable
+            environment = os.environ | {"RAYSYS_LOAD": f"{folder}/plan.json"}
             with subprocess.Popen(
                 command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
             ) as process:
@@ -116,8 +119,8 @@ class Asker:
 @contextmanager
 def application(config: Mapping[str, Any], replicas: Mapping[str, int]) -> Iterator[Deployment]:
     """The application on a Ray of its own. replicas: by `retriever`, `early_ranker`, `ranker`, `ingress`."""
-    os.environ.update(FAST_PATH if config["proxy"] == "haproxy" else {})
-    dashboard = ray.init(include_dashboard=True, log_to_driver=False, num_cpus=16).dashboard_url
+    os.environ.update(PROXIES[config["proxy"]])
+    dashboard = ray.init("local", include_dashboard=True, log_to_driver=False, num_cpus=16).dashboard_url
     version = read_version(config["release"])
     batch = {"max_batch_size": config["max_batch_size"], "wait_ms": config["wait_ms"], "threads": config["threads"]}
     stages = {
@@ -147,16 +150,23 @@ def read_version(release: str) -> str:
 
 
 def replicas_of(deployment: str) -> list[psutil.Process]:
-    """The processes of its replicas, oldest first."""
+    """The processes of its replicas, oldest first: below this process, for what is found here may be killed."""
     title = f"ServeReplica:raysys:{deployment}"  # what it does at the moment may stand around it
     found = []
-    for process in psutil.process_iter():
+    for process in psutil.Process().children(recursive=True):
         try:
             if title in " ".join(process.cmdline()[:1]):
                 found.append((process.create_time(), process))
         except (psutil.NoSuchProcess, psutil.ZombieProcess):
             continue
     return [process for _, process in sorted(found, key=lambda pair: pair[0])]
+
+
+def has_replaced(name: str, before: Sequence[psutil.Process]) -> bool:
+    """Whether a replica is there that was not, and as many as before take requests."""
+    states = serve.status().applications[NAME].deployments[name].replica_states
+    running = sum(count for state, count in states.items() if state == "RUNNING")
+    return running == len(before) and bool({p.pid for p in replicas_of(name)} - {p.pid for p in before})
 
 
 def memory(names: Sequence[str]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_serve_app import Asker, Load, read_version, replicas_of, wait_until
+from bench_serve_app import Asker, Load, has_replaced, read_version, replicas_of, wait_until
 
 from raysys.models.retrieval.indexes.exact import Exact
 from raysys.serve.client import Client
@@ -36,22 +36,27 @@ def kills(config: Mapping[str, Any], asker: Asker, bodies: Sequence[Mapping[str,
             before = replicas_of(name)
             moment = time.time()
             before[0].send_signal(signal.SIGKILL)
-            known = {process.pid for process in before}
-            back = wait_until(RECOVERY_S, lambda name=name, known=known: {p.pid for p in replicas_of(name)} - known)
-            events.append({"deployment": name, "moment": moment, "new_process_s": back})
+            back = wait_until(RECOVERY_S, lambda name=name, before=before: has_replaced(name, before))
+            events.append({"deployment": name, "moment": moment, "replaced_s": back})
             time.sleep(max(0.0, next_one - time.time()))
     load = result[0]
     for event, following in zip(events, [*(e["moment"] for e in events[1:]), float("inf")], strict=True):
         event |= _after_kill(load, event["moment"], following)
+        event["under_load"] = event["moment"] + (event["replaced_s"] or RECOVERY_S) < max(
+            r["meant"] for r in load.requests
+        )
     wrong = count_wrong(load, expected)
     failed, in_flight = (sum(event[key] for event in events) for key in ("failed", "in_flight"))
-    slowest = max(max(event["recovery_s"], event["new_process_s"] or RECOVERY_S) for event in events)
+    worse = sum(event["failed"] > event["in_flight"] for event in events)
+    slowest = max(max(event["recovery_s"], event["replaced_s"] or RECOVERY_S) for event in events)
     rows = [
         (f"wrong answers of {load.statuses().get('200', 0):,}", str(wrong), "0"),
+        (f"failed requests of {len(events)} kills (in flight then)", f"{failed} ({in_flight})", ""),
+        ("  kills that failed more than were in flight", str(worse), "0"),
         (
-            f"failed requests of {len(events)} kills (in flight then)",
-            f"{failed} ({in_flight})",
-            "at most those in flight",
+            "  kills that outlasted the load: kill_every_s is too short",
+            str(sum(not e["under_load"] for e in events)),
+            "0",
         ),
         ("slowest recovery", f"{slowest:.1f} s", "30 s"),
     ]
@@ -125,7 +130,10 @@ def count_wrong(load: Load, expected: Mapping[str, Mapping[int, Mapping[int, Map
     for request in load.requests:
         if request["status"] != 200:
             continue
-        answer = request["answer"]
+        answer = request.get("answer")  # none where it was no JSON
+        if answer is None:
+            wrong += 1
+            continue
         wanted = expected.get(answer["version"], {}).get(request["body"])
         items, scores = answer["items"], [item["score"] for item in answer["items"]]
         is_right = (

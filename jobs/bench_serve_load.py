@@ -1,4 +1,4 @@
-"""Requests at random moments, for `bench_serve.py`: `locust -f jobs/bench_serve_load.py`, with the plan in RAYSYS_LOAD.
+"""Requests at random moments, for `bench_serve.py`: `locust -f jobs/bench_serve_load.py`, with the plan's file in RAYSYS_LOAD.
 
 The load is open: moments are drawn before (Poisson), and each request is sent at its own, whether earlier ones were answered or
 not, so that latency, counted from the moment that was meant, has the time in queues. Locust sends, keeps connections and ends.
@@ -10,6 +10,7 @@ import json
 import os
 import resource
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 from gevent.pool import Pool
 from locust import FastHttpUser, constant, task
 
-PLAN: dict[str, Any] = json.loads(os.environ["RAYSYS_LOAD"])
+PLAN: dict[str, Any] = json.loads(Path(os.environ["RAYSYS_LOAD"]).read_text())
 MAX_IN_FLIGHT = 4096
 os.sched_setaffinity(0, PLAN["cores"])
 
@@ -47,21 +48,23 @@ class Arrivals(FastHttpUser):
             gevent.sleep(max(0.0, start + moment - time.time()))
             pool.spawn(self._send, bodies[body], body, start + moment, found)
         pool.join()
+        assert len(found) == len(moments)
         usage = resource.getrusage(resource.RUSAGE_SELF)
         busy = (usage.ru_utime + usage.ru_stime) / (time.time() - start)
         Path(PLAN["output"]).write_text(json.dumps({"cpu": busy, "start": start, "requests": found}))
         self.environment.runner.quit()
 
     def _send(self, data: str, body: int, meant: float, found: list[dict[str, Any]]) -> None:
-        sent = time.time()
-        with self.client.post(
-            PLAN["path"], data=data, headers={"Content-Type": "application/json"}, catch_response=True
-        ) as answer:
+        sent, name = time.time(), uuid.uuid4().hex
+        headers = {"Content-Type": "application/json", "X-Request-ID": name}
+        with self.client.post(PLAN["path"], data=data, headers=headers, catch_response=True) as answer:
             done = time.time()
             entry = {"body": body, "meant": meant, "sent": sent, "done": done, "status": answer.status_code}
+            found.append(entry)
+            if answer.status_code:
+                entry["has_id"] = answer.headers.get("X-Request-ID") == name
             if answer.status_code == 503:
                 entry["retry_after"] = answer.headers.get("Retry-After")
             elif answer.status_code == 200 and PLAN["keep"]:
                 entry["answer"] = answer.json()
             answer.success()
-        found.append(entry)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
+
+from raysys.errors import UserError
 
 SERVICE_S = 0.1
 
@@ -34,6 +39,8 @@ def server():
             self.send_response(503 if "busy" in body else 200)
             if "later" in body:
                 self.send_header("Retry-After", "7")
+            if "nameless" not in body:
+                self.send_header("X-Request-ID", self.headers["X-Request-ID"])
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body.encode())
@@ -78,7 +85,7 @@ def test_a_load_without_an_answer_has_no_percentiles(app):
 
 def test_the_load_is_open_and_waits_for_no_answer(app, server):
     """At 30 a second the server, which can do 10, has a queue of seconds at the end; each request is sent at its moment."""
-    bodies = [{"say": "yes"}, {"say": "busy, later"}, {"say": "busy"}]
+    bodies = [{"say": "yes"}, {"say": "busy, later"}, {"say": "busy, nameless"}]
     asker = app.Asker(server, sorted(os.sched_getaffinity(0))[:1], seed=0)
     with asker.ask("/", bodies, rate=30, seconds=2, keep=True) as result:
         assert result == []
@@ -98,6 +105,8 @@ def test_the_load_is_open_and_waits_for_no_answer(app, server):
         assert {r["status"] for r in found} == {503 if "busy" in body["say"] else 200}
         assert {r.get("retry_after") for r in found} == {"7" if "later" in body["say"] else None}
         assert all(r["answer"] == body for r in found if r["status"] == 200)
+        assert {r["has_id"] for r in found} == {"nameless" not in body["say"]}
+    assert load.facts()["lost_ids"] == sum(r["body"] == 2 for r in requests)
 
 
 def test_a_seed_gives_the_same_moments_and_requests(app, server):
@@ -139,6 +148,7 @@ def test_what_a_wrong_answer_is(app, faults):
     assert wrong([(5, 0.5), (7, 0.25)]) == 1
     assert wrong(right, "v3") == 1
     assert wrong(right, complete=False) == 1
+    assert faults.count_wrong(app.Load(1, 1, 0, [request(0, 0, 1, 200, body=0)]), expected) == 1  # no JSON
     assert wrong([], status=503) == 0  # failed, which is counted elsewhere
 
 
@@ -155,22 +165,54 @@ def test_what_a_kill_costs(app, faults):
     assert faults._after_kill(app.Load(1, 10, 0, requests), 20.0, 30.0)["recovery_s"] == 0.0
 
 
+def test_plans_longer_than_a_variable_may_be(app, server):
+    body = {"items": list(range(10_000, 40_000))}
+    load = app.Asker(server, sorted(os.sched_getaffinity(0))[:1], seed=0).measure("/", [body], 5, 1)
+    assert load.statuses() == {"200": len(load.requests)}
+
+
+def test_replicas_are_those_below_this_process(app):
+    title = ["ray::ServeReplica:raysys:Ranker", "-c", "import time; print(flush=True); time.sleep(60)"]
+    with subprocess.Popen(title, executable=sys.executable, stdout=subprocess.PIPE) as ours:
+        assert ours.stdout is not None
+        ours.stdout.readline()
+        try:
+            assert [process.pid for process in app.replicas_of("Ranker")] == [ours.pid]
+            assert app.replicas_of("EarlyRanker") == []
+            other = "import sys; sys.path.insert(0, sys.argv[1]); import bench_serve_app as a; print(a.replicas_of('Ranker'))"
+            jobs = str(Path(app.__file__).parent)
+            assert subprocess.check_output([sys.executable, "-c", other, jobs], text=True) == "[]\n"
+        finally:
+            ours.kill()
+
+
+def test_a_part_or_a_proxy_that_there_is_not(jobs):
+    bench = jobs("bench_serve")
+    bench.check({"parts": ["kills"], "proxy": "default"})
+    with pytest.raises(UserError, match="did you mean 'kills'"):
+        bench.check({"parts": ["model", "kill"], "proxy": "default"})
+    with pytest.raises(UserError, match="did you mean 'haproxy'"):
+        bench.check({"parts": [], "proxy": "ha_proxy"})
+
+
 def test_the_table_has_targets_beside_what_was_measured(jobs):
     bench = jobs("bench_serve")
     figures = {"model": {"p50_ms": 4.0, "p99_ms": 10.0, "batch_size": 16, "batched_per_s": 500.0}}
     assert "saturation" not in bench.table(figures)
     figures |= {
         "saturation": {"rate": 375.0, "of_bare": 0.75},
-        "half": {"p50_ms": 9.5, "p99_ms": 40.0},
+        "half": {"p50_ms": 9.5, "p99_ms": 40.0, "generator_late_p99_ms": 0.5, "lost_ids": 0},
         "overload": {
             "p99_ms": 800.0,
             "accepted_rate": 370.0,
             "statuses": {"200": 30, "503": 12},
             "refused_without_retry_after": 2,
             "other_statuses": 1,
+            "generator_late_p99_ms": 0.7,
+            "lost_ids": 0,
             "memory_mib": {"Ranker": [100.0, 110.0, 113.0], "Cascade": [90.0, 90.0, 91.0]},
         },
-        "kills": {"rows": [("wrong answers of 9", "0", "0")]},
+        "kills": {"rows": [("wrong answers of 9", "0", "0")], "generator_late_p99_ms": 2.0, "lost_ids": 3},
     }
     lines = bench.table(figures).splitlines()
     assert lines[0] == "| | measured | target |"
@@ -182,5 +224,7 @@ def test_the_table_has_targets_beside_what_was_measured(jobs):
         "|   other statuses | 1 | 0 |",
         "|   most that a deployment grew | 3 MiB | flat |",
         "| kills, wrong answers of 9 | 0 | 0 |",
+        "| answers without the request's X-Request-ID | 3 | 0 |",
+        "| load generator, p99 of how late it sent | 2.0 ms | 1 ms |",
     ):
         assert line in lines

@@ -43,7 +43,7 @@ def served(ray_cluster, release, user_store):
 def replicas(name):
     """The processes of a deployment's replicas."""
     found = set()
-    for process in psutil.process_iter():
+    for process in psutil.Process().children(recursive=True):
         try:
             title = " ".join(process.cmdline())
         except psutil.Error:
