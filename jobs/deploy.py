@@ -50,10 +50,12 @@ def _resolved(serve: Config) -> dict[str, Any]:
     """Replicas run elsewhere: paths as they are from here."""
     paths = {version: str(Path(folder).resolve()) for version, folder in serve["releases"].items()}
     keys, users, bandit = serve["http"]["api_keys"], serve["cascade"]["users"], serve["bandit"]
+    served = serve["served_log"]
     return serve | {
         "releases": paths,
         "cascade": serve["cascade"] | {"users": users if "://" in users else str(Path(users).resolve())},
         "bandit": bandit and bandit | {"folder": str(Path(bandit["folder"]).resolve())},
+        "served_log": served and served | {"folder": str(Path(served["folder"]).resolve())},
         "http": serve["http"] | {"api_keys": str(Path(keys).resolve()) if keys else None},
     }
 

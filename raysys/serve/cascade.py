@@ -190,7 +190,7 @@ class Cascade:
 
     async def _recommend(self, version: str, request: RecommendRequest, request_id: str, learn: bool = True) -> Passage:
         visitor = await self._visitors.visitor(request.user, request.context, request.exclude)
-        passage = await self._funnel.run(version, visitor, request, learn)
+        passage = await self._funnel.run(version, visitor, request, request_id, learn)
         for stage in passage.stages:
             self._candidates.observe(stage.left, {"stage": stage.stage, "version": version})
         if passage.impressions is not None:
@@ -204,7 +204,8 @@ class Cascade:
         version = self.plan.assign(request.user)
         visitor = await self._visitors.visitor(request.user, request.context, [])
         ids = np.array(request.items, np.int64)
-        found = await self._counted(version, self._call("rank", Call(version, visitor.row, items=ids)))
+        call = Call(version, visitor.row, items=ids, request_id=request_id)
+        found = await self._counted(version, self._call("rank", call))
         return Ranking(request_id=request_id, version=version, items=ranked(ids, found))
 
     async def _call(self, stage: str, call: Call) -> Any:

@@ -52,6 +52,7 @@ class Passage:
     version: str
     visitor: Visitor
     request: RecommendRequest
+    request_id: str
     deadline: float
     items: list[ScoredItem] = field(default_factory=list)
     explored: list[ScoredItem] = field(default_factory=list)
@@ -72,14 +73,16 @@ class Funnel:
         self._settings, self._call, self._explorer = settings, call, explorer
         self._rank_cost = _Costs()
 
-    async def run(self, version: str, visitor: Visitor, request: RecommendRequest, learn: bool = True) -> Passage:
+    async def run(
+        self, version: str, visitor: Visitor, request: RecommendRequest, request_id: str = "", learn: bool = True
+    ) -> Passage:
         """Candidates, the early choice, the final order.
 
         Candidates are waited for. Where the early stage is late the retriever's order is the answer, where the final one is,
         the early stage's. learn: whether Online Matching takes part.
         """
         limit = (request.deadline_ms or self._settings.deadline_ms) / 1000
-        passage = Passage(version, visitor, request, time.monotonic() + limit - min(MARGIN_S, limit / 2))
+        passage = Passage(version, visitor, request, request_id, time.monotonic() + limit - min(MARGIN_S, limit / 2))
         explorer = self._explorer if learn else None
         found = await self._retrieve(passage)
         ids = found.ids if explorer is None else self._with_offers(explorer, passage, found)
@@ -130,7 +133,7 @@ class Funnel:
         passage.complete = room == len(ids)
         if not room:
             return
-        call = Call(passage.version, passage.visitor.row, items=ids[:room])
+        call = Call(passage.version, passage.visitor.row, items=ids[:room], request_id=passage.request_id)
         outcome, seconds = await self._until(passage.deadline, "rank", call)
         self._rank_cost.add(room, seconds)
         if outcome is None:

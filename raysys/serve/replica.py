@@ -18,8 +18,9 @@ from ray.util.metrics import Gauge, Histogram
 from raysys.bundle import ALLOWED_TARGETS
 from raysys.errors import UserError, first_line
 from raysys.serve.release import Release
-from raysys.serve.settings import BatchSettings
-from raysys.serve.stages import Call, Candidates, Predictions, Stage
+from raysys.serve.served_log import ServedLog
+from raysys.serve.settings import BatchSettings, ServedLogSettings
+from raysys.serve.stages import Call, Candidates, Predictions, RankerStage, Stage
 
 log = logging.getLogger("ray.serve")
 
@@ -42,10 +43,15 @@ class StageReplica:
     """
 
     def __init__(
-        self, kind: type[Stage], settings: Mapping[str, Any], allowed: Sequence[str] = ALLOWED_TARGETS
+        self,
+        kind: type[Stage],
+        settings: Mapping[str, Any],
+        allowed: Sequence[str] = ALLOWED_TARGETS,
+        served_log: Mapping[str, Any] | None = None,
     ) -> None:
         checked = BatchSettings(**settings)
         self._kind, self._threads, self._allowed = kind, checked.threads, tuple(allowed)
+        self._served = None if served_log is None else ServedLog(ServedLogSettings(**served_log))
         self._stages: dict[str, Stage] = {}
         self._probes: dict[str, Call] = {}
         self._thread = ThreadPoolExecutor(1, "model", torch.set_num_threads, (checked.threads,))
@@ -117,13 +123,23 @@ class StageReplica:
                 outcomes[place] = outcome
         return outcomes
 
+    def _log_sample(self, stage: Stage, call: Call, outcome: Candidates | Predictions) -> None:
+        if self._served is None or not isinstance(stage, RankerStage) or not self._served.wants(call.request_id):
+            return
+        assert isinstance(outcome, Predictions)
+        self._served.add(call.request_id, call.version, stage.rows(call.user, [call.items]), outcome)
+
     def _try(self, calls: Sequence[Call]) -> list[Any]:
         """Of one version. Where one call is at fault, each is computed by itself: the others get their answers."""
         if calls[0].version not in self._stages:
             return [Refused(f"release {calls[0].version} is not loaded")] * len(calls)
         try:
             users = pa.concat_tables([call.user for call in calls], promote_options="permissive")
-            return list(self._stages[calls[0].version].answer(users, calls))
+            stage = self._stages[calls[0].version]
+            outcomes = list(stage.answer(users, calls))
+            for call, outcome in zip(calls, outcomes, strict=True):
+                self._log_sample(stage, call, outcome)
+            return outcomes
         except (UserError, pa.ArrowException) as error:
             if len(calls) == 1:
                 return [Refused(first_line(error))]

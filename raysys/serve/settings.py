@@ -106,6 +106,17 @@ class BanditSettings(Settings):
     join_s: float = Field(default=3600.0, ge=0)
 
 
+class ServedLogSettings(Settings):
+    """A log of what the final ranker got and said, for `jobs/skew.py`.
+
+    share: of the requests. max_bytes: of a file; a replica keeps two.
+    """
+
+    folder: str
+    share: float = Field(default=0.01, ge=0, le=1)
+    max_bytes: int = Field(default=64 << 20, ge=1)
+
+
 class CascadeSettings(Settings):
     """users: the user store, a folder or redis://HOST:PORT/DATABASE#NAME; its column `seen` has the items to leave out.
 
@@ -143,6 +154,7 @@ class AppSettings(Settings):
     shadow: str | None = None
     cascade: CascadeSettings
     bandit: BanditSettings | None = None
+    served_log: ServedLogSettings | None = None
     http: HttpSettings = HttpSettings()
     retriever: StageSettings = StageSettings()
     early_ranker: StageSettings = StageSettings()

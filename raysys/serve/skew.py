@@ -71,12 +71,14 @@ class SkewReport:
 
 
 def read_served(path: str | Path) -> Iterator[ServedRequest]:
-    """The requests of a log; a line that is none is a `UserError` that names it."""
+    """The requests of a log, a file or a folder of *.jsonl; a line that is none is a `UserError` that names it."""
+    files = sorted(Path(path).glob("*.jsonl")) if Path(path).is_dir() else [Path(path)]
     try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _parse(line, f"{path}, line {number}")
+        for each in files:
+            with open(each, encoding="utf-8") as file:
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        yield _parse(line, f"{each}, line {number}")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file", "a log of served requests is expected, a JSON object a line") from None
 

@@ -27,13 +27,17 @@ USER_SIDES: tuple[Side, ...] = ("user", "context")
 
 @dataclass(frozen=True)
 class Call:
-    """What a stage is asked. user: a row [1]. items: candidates that come in. exclude: items that must not come out."""
+    """What a stage is asked. user: a row [1]. items: candidates that come in. exclude: items that must not come out.
+
+    request_id: under which it may be logged.
+    """
 
     version: str
     user: pa.Table
     count: int = 0
     items: Ids = field(default_factory=lambda: np.zeros(0, np.int64))
     exclude: Ids = field(default_factory=lambda: np.zeros(0, np.int64))
+    request_id: str = ""
 
 
 @dataclass(frozen=True)

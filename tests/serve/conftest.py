@@ -171,10 +171,13 @@ def learning(ray_cluster, make_release, user_store, tmp_path_factory):
             "deadline_ms": 10_000,
             "refresh_s": 0.3,
         },
+        "served_log": {"folder": str(folder / "served"), "share": 0.5, "max_bytes": 1_000_000},
         "bandit": {"folder": str(folder / "bandit"), "slots": 2, "window_s": 0.5, "policy": {"neighbours": 2}},
         **{name: stage for name in ("retriever", "early_ranker", "ranker", "ingress")},
     }
     serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
     serve.run(build(config), name="raysys", route_prefix="/")
-    yield SimpleNamespace(url=f"http://127.0.0.1:{port}", release=release, bandit=folder / "bandit")
+    yield SimpleNamespace(
+        url=f"http://127.0.0.1:{port}", release=release, bandit=folder / "bandit", served=folder / "served"
+    )
     serve.shutdown()
