@@ -204,8 +204,11 @@ def check_against_plain(results: list[dict], name: str, clip: float | None = Non
     torch.testing.assert_close(losses, torch.tensor(plain_losses), rtol=1e-5, atol=0)
     weights = {PLAIN_NAMES.get(key, key): value for key, value in results[0]["weights"].items()}
     assert weights.keys() == plain_weights.keys()
+    # Adagrad divides by the gradients' own size, and so keeps their relative error: where a gradient is what is left of terms
+    # a hundred times larger, that is a hundred roundings of float32, of a step as large as the rate.
+    atol = 100 * LR * 2**-23 if name == "adagrad" else 1e-6
     for key, value in weights.items():
-        torch.testing.assert_close(value, plain_weights[key], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(value, plain_weights[key], rtol=1e-5, atol=atol)
 
 
 TABLES = ("user", "tag", "brand", "item")
