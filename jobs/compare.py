@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from raysys.config import Config, compose, instantiate, run_job
+from raysys.config import Config, compose, flat, instantiate, run_job
 from raysys.errors import UserError, nearest
 from raysys.machine import commit_here
 from raysys.report.compare import compare
@@ -99,11 +99,6 @@ def _chosen(options: Config, name: str | None, key: str) -> Config:
     if name is not None and name not in options:
         raise UserError(f"{key} {name!r} is not in configs/compare.yaml", nearest(name, options))
     return options if name is None else {name: options[name]}
-
-
-def flat(overrides: list[str | list[str]]) -> list[str]:
-    """With the entries of a list in the list's place."""
-    return [one for entry in overrides for one in (entry if isinstance(entry, list) else [entry])]
 
 
 def prepare_data(contest: Contest) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raysys.config import Config, compose, instantiate, run_job
+from raysys.config import Config, compose, flat, instantiate, run_job
 from raysys.data.catalogue import read_items
 from raysys.data.synthetic.catalogue import affinities
 from raysys.errors import UserError, nearest
@@ -239,11 +239,6 @@ def models_of(config: Config, name: str) -> dict[str, list[str | list[str]]]:
     """The overrides of each model of a set."""
     found: dict[str, list[str | list[str]]] = config["sets"][name].get("models", config["models"])
     return found
-
-
-def flat(overrides: list[str | list[str]]) -> list[str]:
-    """With the entries of a list in the list's place."""
-    return [one for entry in overrides for one in (entry if isinstance(entry, list) else [entry])]
 
 
 def command(config: Config, name: str) -> str:

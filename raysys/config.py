@@ -70,6 +70,11 @@ def compose(overrides: Sequence[str] = (), name: str = "train", config_dir: str 
     return {str(key): value for key, value in content.items()}
 
 
+def flat(overrides: Sequence[str | Sequence[str]]) -> list[str]:
+    """Overrides with the entries of a list in the list's place, so that a config file can name some of them together."""
+    return [one for entry in overrides for one in ([entry] if isinstance(entry, str) else entry)]
+
+
 def _with_open_mappings(overrides: Sequence[str], known: Callable[[], Config]) -> list[str]:
     """`key={...}` of a key that exists as `++key={...}`: Hydra takes every mapping for complete, also `clip: {}`.
 

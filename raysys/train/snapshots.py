@@ -10,7 +10,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from raysys.data.catalogue import CatalogueItems
+from raysys.data.catalogue import CatalogueItems, KeyLookup, positives
+from raysys.data.columns import integers, whole
 from raysys.models.retrieval.base import RetrievalModel
 from raysys.objectives.hsnn import HSNNLoss
 from raysys.train.checkpoint import list_checkpoints, verify_checkpoint
@@ -82,12 +83,10 @@ class Snapshots:
         """At most `count` positive rows of a split, drawn at random."""
         task = self.catalogue.task
         rows = self.job.log(split).read(list(dict.fromkeys(self.job.schema.columns())))
-        positive = np.flatnonzero(rows[task].to_numpy() > 0)
+        positive = np.flatnonzero(positives(rows, task))
         chosen = np.sort(np.random.default_rng(seed).permutation(positive)[:count])
         rows = rows.take(pa.array(chosen))
         batch = self.job.transforms.to_batch(rows)
         users = self.model.encode_users(self.model.embed(batch))
-        keys = self.catalogue.keys
-        order = np.argsort(keys)
-        own = order[np.searchsorted(keys, rows[self.catalogue.key].to_numpy(), sorter=order)]
-        return Queries(rows, users, torch.from_numpy(own))
+        own = KeyLookup(self.catalogue.keys)(torch.from_numpy(integers(whole(rows[self.catalogue.key]))))
+        return Queries(rows, users, own)

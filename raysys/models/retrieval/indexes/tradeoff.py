@@ -12,7 +12,7 @@ from torch import Tensor
 
 from raysys.models.retrieval.hsnn import HSNN
 from raysys.models.retrieval.indexes.hierarchical import Hierarchical, Level
-from raysys.models.retrieval.indexes.index import Ids, Vectors
+from raysys.models.retrieval.indexes.index import IdMap, Ids, Vectors
 from raysys.models.retrieval.indexes.threads import faiss_threads
 
 _PAIRS = 1 << 19  # of a user with a node, that are scored at a time
@@ -117,8 +117,7 @@ def _scores(model: HSNN, users: Tensor, level: Level, depth: int) -> NDArray[np.
 def _hits(index: Hierarchical, leaves: Level, wanted: Ids) -> NDArray[np.int64]:
     """[Q, leaves]: how many of a query's wanted items are below each leaf."""
     ids = index.codes()["ids"]
-    order = np.argsort(ids)
-    place = order[np.searchsorted(ids, wanted, sorter=order)]
+    place = IdMap(ids, np.arange(len(ids))).find(wanted)
     leaf = np.searchsorted(leaves.first, place, side="right") - 1  # [Q, k]
     row = np.arange(len(wanted))[:, None] * len(leaves.path)
     counts = np.bincount((row + leaf).ravel(), minlength=len(wanted) * len(leaves.path))
