@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from raysys.errors import UserError
+from raysys.serve.bandit.policy import Policy
 
 
 class Settings(BaseModel):
@@ -73,17 +74,6 @@ class IngressSettings(ReplicaSettings):
     max_queued: int = Field(default=2048, ge=0)
 
 
-class PolicySettings(Settings):
-    """See `raysys.serve.bandit.policy.Policy`."""
-
-    neighbours: int = Field(default=4, ge=1)
-    temperature: float = Field(default=0.15, gt=0)
-    alpha: float = Field(default=0.3, ge=0)
-    top_n: int = Field(default=5, ge=1)
-    normalize: Literal["none", "edges"] = "none"
-    unseen_first: bool = False
-
-
 class BanditSettings(Settings):
     """Online Matching beside the retriever, learning from `/v1/feedback`; each release has its own.
 
@@ -98,7 +88,7 @@ class BanditSettings(Settings):
     slots: int = Field(default=1, ge=0)
     share: float = Field(default=1.0, ge=0, le=1)
     max_impressions: int = Field(default=1000, ge=1)
-    policy: PolicySettings = PolicySettings()
+    policy: Policy = Policy()
     shards: int = Field(default=2, ge=1)
     ridge: float = Field(default=1.0, gt=0)
     window_s: float = Field(default=5.0, gt=0)

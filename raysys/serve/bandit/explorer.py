@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 from ray.serve.handle import DeploymentHandle
 
 from raysys.models.retrieval.indexes.index import NO_ITEM, Ids, Vectors
 from raysys.serve.bandit.feedback import Impressions, concatenate, to_impressions
-from raysys.serve.bandit.policy import Policy, Recommendations, Snapshot, edges_of_items, recommend
+from raysys.serve.bandit.policy import Recommendations, Snapshot, edges_of_items, recommend
 from raysys.serve.plan import point_of
 from raysys.serve.settings import BanditSettings
 
@@ -23,7 +22,6 @@ class Explorer:
 
     def __init__(self, settings: BanditSettings, bandit: DeploymentHandle) -> None:
         self._settings, self._bandit = settings, bandit
-        self._policy = Policy(**settings.policy.model_dump())
         self._snapshots: dict[str, Snapshot] = {}
         self._shown: dict[str, Counter[int]] = {}  # explored items by release, since its snapshot
         self._generator = np.random.default_rng()
@@ -72,20 +70,20 @@ class Explorer:
         snapshot = self._snapshots.get(version)
         if snapshot is None:
             return None
-        cluster, weight = edges_of_items(snapshot, user[None], items[None], self._policy)
-        own = Recommendations(
-            item=items[None],
-            score=np.zeros((1, len(items))),
-            mean=np.zeros((1, len(items))),
-            rate=np.zeros((1, len(items))),
-            propensity=np.ones((1, len(items))),
-            cluster=cluster,
-            weight=weight,
-            graph=snapshot.graph.version,
-            version=snapshot.version,
+        cluster, weight = edges_of_items(snapshot, user[None], items[None], self._settings.policy)
+        own = Impressions(
+            id=self._new_ids(items),
+            time=np.full(len(items), now),
+            item=items,
+            cluster=cluster[0],
+            weight=weight[0],
+            graph=np.full(len(items), snapshot.graph.version),
+            propensity=np.ones(len(items)),
+            position=np.arange(len(items)),
         )
-        parts = [to_impressions(shown, self._new_ids(shown), now) for shown in (own, explored) if shown is not None]
-        return concatenate(parts)
+        if explored is None:
+            return own
+        return concatenate([own, to_impressions(explored, self._new_ids(explored.item), now)])
 
     async def log(self, version: str, impressions: Impressions) -> None:
         """On disk when it returns."""
@@ -97,16 +95,18 @@ class Explorer:
         known: bool = await self._bandit.reward.remote(version, *arrays)
         return known
 
-    def _recommend(self, snapshot: Snapshot, user: Vectors, count: int, exclude: Ids, *, explore: bool) -> Any:
+    def _recommend(
+        self, snapshot: Snapshot, user: Vectors, count: int, exclude: Ids, *, explore: bool
+    ) -> Recommendations:
         return recommend(
             snapshot,
             user[None],
-            self._policy,
+            self._settings.policy,
             count=count,
             explore=explore,
             exclude=exclude,
             generator=self._generator,
         )
 
-    def _new_ids(self, shown: Recommendations) -> Ids:
-        return self._generator.integers(0, 2**63 - 1, shown.item.shape, dtype=np.int64)
+    def _new_ids(self, items: Ids) -> Ids:
+        return self._generator.integers(0, 2**63 - 1, items.shape, dtype=np.int64)
