@@ -11,6 +11,7 @@ from raysys.models.retrieval.base import RetrievalModel
 from raysys.models.retrieval.hsnn import HSNN
 from raysys.models.retrieval.indexes.hierarchical import Hierarchical
 from raysys.models.retrieval.indexes.index import Index
+from raysys.schema import FeatureSchema
 from raysys.serve.bandit.build import build_graph
 from raysys.serve.bandit.graph import Graph
 from raysys.serve.release import STAGES, build_release
@@ -36,8 +37,11 @@ def main(config: Config) -> None:
         index: Index = instantiate(config["index"], dim=model.width)
         return index
 
+    if config["users"] is not None or config["graph"] is not None:
+        schemas = [FeatureSchema.load(bundles[stage] / "schema.yaml") for stage in STAGES]
+        users, key = user_rows(data, schemas, catalogue_of(schemas[0]).key)
+
     def make_graph(bundle: Bundle, index: Index) -> Graph:
-        users, _ = user_rows(data, [bundle.schema], catalogue_of(bundle.schema).key)
         return build_graph(user_vectors(bundle, users), index, **config["graph"])
 
     version = config["version"] or output.name
@@ -45,7 +49,6 @@ def main(config: Config) -> None:
     release = build_release(output, version, bundles, data, make_index, config["task"], make)
     print(f"release {release.version}: {release.folder}, {len(release.items()):,} items ordered by {release.task}")
     if config["users"] is not None:
-        users, key = user_rows(data, [release.bundle(stage).schema for stage in STAGES], release.key)
         ArrowStore.create(config["users"], users, key)
         print(f"user store: {config['users']}, {len(users):,} users by {key}")
 
