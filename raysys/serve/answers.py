@@ -7,7 +7,7 @@ import numpy as np
 from raysys.models.retrieval.indexes.index import NO_ITEM, Ids
 from raysys.serve.bandit.feedback import Impressions
 from raysys.serve.bandit.policy import Recommendations
-from raysys.serve.messages import ScoredItem, StageReport
+from raysys.serve.messages import ScoredItem
 from raysys.serve.stages import Candidates, Predictions
 
 
@@ -34,11 +34,6 @@ def explored_items(found: Recommendations | None) -> list[ScoredItem]:
         return []
     pairs = zip(found.item[0].tolist(), np.nan_to_num(found.score[0]).tolist(), strict=True)
     return [ScoredItem(item=item, score=score) for item, score in pairs if item != NO_ITEM]
-
-
-def report(stage: str, entered: int, left: int, seconds: float, items: list[ScoredItem]) -> StageReport:
-    """Of one stage."""
-    return StageReport(stage=stage, entered=entered, left=left, milliseconds=1000 * seconds, items=items)
 
 
 def name_impressions(version: str, items: list[ScoredItem], impressions: Impressions) -> None:

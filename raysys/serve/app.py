@@ -30,13 +30,11 @@ def build(config: dict[str, Any]) -> Application:
     keys = read_keys(settings.http.api_keys) if settings.http.api_keys else []
     releases = {"releases": plan.releases}
 
-    served_log = settings.served_log and settings.served_log.model_dump()
-
-    def stage(name: str, kind: type[Stage], how: StageSettings) -> Application:
+    def stage(name: str, kind: type[Stage], how: StageSettings, *more: Any) -> Application:
         deployment = serve.deployment(
             name=name, user_config=releases, health_check_period_s=5, health_check_timeout_s=30, **how.options()
         )(StageReplica)
-        return deployment.bind(kind, how.batch.model_dump(), tuple(settings.allowed), served_log)
+        return deployment.bind(kind, how.batch.model_dump(), tuple(settings.allowed), *more)
 
     ingress = serve.deployment(
         name=INGRESS, user_config=_plan_of(settings), health_check_period_s=5, **settings.ingress.options()
@@ -45,7 +43,7 @@ def build(config: dict[str, Any]) -> Application:
         settings.cascade.model_dump(),
         stage("Retriever", RetrieverStage, settings.retriever),
         stage("EarlyRanker", EarlyRankerStage, settings.early_ranker),
-        stage("Ranker", RankerStage, settings.ranker),
+        stage("Ranker", RankerStage, settings.ranker, settings.served_log and settings.served_log.model_dump()),
         *(() if settings.bandit is None else _bandit(settings.bandit, releases)),
     )
 

@@ -166,12 +166,12 @@ class Cascade:
     async def user(self, name: str) -> Rows:
         """What the user store has of a user; no row where it does not know them."""
         user = self._visitors.parse(name)
-        rows, found = await self._visitors.rows([user])
+        row, found = await self._visitors.row(user)
         columns = await asyncio.to_thread(_item_columns, self.plan.releases[self.plan.assign(user)])
         return Rows(
             key=self._visitors.key,
-            rows=to_plain(rows.to_pylist()) if found else [],
-            item_columns=[column for column in columns if column in rows.schema.names],
+            rows=to_plain(row.to_pylist()) if found else [],
+            item_columns=[column for column in columns if column in row.schema.names],
         )
 
     async def some_users(self, count: int) -> Rows:

@@ -168,10 +168,10 @@ def check_releases(
             raise UserError(f"{folder} is release {release.version!r}, not {version!r}")
         for kind in (RetrieverStage, EarlyRankerStage, RankerStage):
             kind(release, 1, (*ALLOWED_TARGETS, *allowed))
-        if bandit is not None and len(release.graph().clusters) < bandit.policy.neighbours:
+        if bandit is not None and (clusters := len(release.graph().clusters)) < bandit.policy.neighbours:
             raise UserError(
                 f"serve.bandit.policy.neighbours is {bandit.policy.neighbours}, and the graph of release {version} has "
-                f"{len(release.graph().clusters)} clusters",
+                f"{clusters} clusters",
                 "ask for fewer neighbours",
             )
 

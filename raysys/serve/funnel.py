@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from raysys.models.retrieval.indexes.index import Ids
-from raysys.serve.answers import explored_items, name_impressions, ranked, report, scored
+from raysys.serve.answers import explored_items, name_impressions, ranked, scored
 from raysys.serve.bandit.explorer import Explorer
 from raysys.serve.bandit.feedback import Impressions
 from raysys.serve.messages import RecommendRequest, ScoredItem, StageReport
@@ -60,6 +60,13 @@ class Passage:
     complete: bool = True
     impressions: Impressions | None = None
 
+    def note(self, stage: str, entered: int, left: int, seconds: float, items: Callable[[], list[ScoredItem]]) -> None:
+        """Report a stage. items: what it scored, asked for where the request wants to see it."""
+        shown = items() if self.request.explain else []
+        self.stages.append(
+            StageReport(stage=stage, entered=entered, left=left, milliseconds=1000 * seconds, items=shown)
+        )
+
 
 class Funnel:
     """call: asks a stage, "retrieve", "early" or "rank". explorer: where the deployment has Online Matching."""
@@ -84,12 +91,14 @@ class Funnel:
         limit = (request.deadline_ms or self._settings.deadline_ms) / 1000
         passage = Passage(version, visitor, request, request_id, time.monotonic() + limit - min(MARGIN_S, limit / 2))
         explorer = self._explorer if learn else None
-        found = await self._retrieve(passage)
+        found = best = await self._retrieve(passage)
         ids = found.ids if explorer is None else self._with_offers(explorer, passage, found)
         early = await self._choose(passage, ids) if len(ids) else None
-        if early is not None and len(early):
-            await self._rank(passage, early)
-        passage.items = passage.items[: request.count]
+        if early is not None:
+            best = early
+            passage.items = (await self._rank(passage, early.ids))[: request.count]
+        done = len(passage.items)
+        passage.items += scored(best.cut(done, request.count))
         if explorer is not None:
             self._explore(explorer, passage, found)
         return passage
@@ -100,8 +109,7 @@ class Funnel:
         start = time.monotonic()
         outcome = await self._call("retrieve", call)
         assert isinstance(outcome, Candidates)
-        passage.items = scored(outcome)
-        passage.stages.append(report("retrieve", wide, len(outcome.ids), time.monotonic() - start, passage.items))
+        passage.note("retrieve", wide, len(outcome.ids), time.monotonic() - start, lambda: scored(outcome))
         return outcome
 
     def _with_offers(self, explorer: Explorer, passage: Passage, found: Candidates) -> Ids:
@@ -110,11 +118,11 @@ class Funnel:
         left_out = np.concatenate([passage.visitor.left_out, found.ids])
         more, means = explorer.exploit(passage.version, found.user, left_out)
         if len(more):
-            offers = scored(Candidates(more, means))
-            passage.stages.append(report("learned", len(more), len(more), time.monotonic() - start, offers))
+            offers, seconds = Candidates(more, means), time.monotonic() - start
+            passage.note("learned", len(more), len(more), seconds, lambda: scored(offers))
         return np.concatenate([found.ids, more])
 
-    async def _choose(self, passage: Passage, ids: Ids) -> Ids | None:
+    async def _choose(self, passage: Passage, ids: Ids) -> Candidates | None:
         """The items [n] that the final stage gets; None where the early stage is late."""
         call = Call(passage.version, passage.visitor.row, len(ids), ids)
         outcome, seconds = await self._until(passage.deadline, "early", call)
@@ -123,26 +131,24 @@ class Funnel:
             return None
         assert isinstance(outcome, Candidates)
         kept = min(len(ids), max(self._settings.rank, passage.request.count))
-        order = scored(outcome)
-        passage.items = order[:kept]
-        passage.stages.append(report("early", len(ids), kept, seconds, order))
-        return outcome.ids[:kept]
+        passage.note("early", len(ids), kept, seconds, lambda: scored(outcome))
+        return outcome.cut(0, kept)
 
-    async def _rank(self, passage: Passage, ids: Ids) -> None:
+    async def _rank(self, passage: Passage, ids: Ids) -> list[ScoredItem]:
+        """As many of these items as there is time for, best first."""
         room = self._rank_cost.room(passage.deadline - time.monotonic(), len(ids))
         passage.complete = room == len(ids)
         if not room:
-            return
+            return []
         call = Call(passage.version, passage.visitor.row, items=ids[:room], request_id=passage.request_id)
         outcome, seconds = await self._until(passage.deadline, "rank", call)
         self._rank_cost.add(room, seconds)
         if outcome is None:
             passage.complete = False
-            return
-        count = passage.request.count
+            return []
         order = ranked(call.items, outcome)
-        passage.items = [*order, *passage.items[room:]] if room < count else order
-        passage.stages.append(report("rank", room, min(room, count), seconds, order))
+        passage.note("rank", room, min(room, passage.request.count), seconds, lambda: order)
+        return order
 
     def _explore(self, explorer: Explorer, passage: Passage, found: Candidates) -> None:
         shown = np.array([item.item for item in passage.items], np.int64)

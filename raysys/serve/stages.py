@@ -51,6 +51,10 @@ class Candidates:
     scores: NDArray[np.float32]
     user: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
 
+    def cut(self, start: int, stop: int) -> Candidates:
+        """Those from one place to another."""
+        return Candidates(self.ids[start:stop], self.scores[start:stop], self.user)
+
 
 @dataclass(frozen=True)
 class Predictions:

@@ -39,23 +39,23 @@ class Visitors:
         """Go on to the newest rows."""
         await asyncio.to_thread(self._store.refresh)
 
-    async def rows(self, users: Sequence[int | str]) -> tuple[pa.RecordBatch, bool]:
-        """The rows [n] of these users, null where the store does not know them; whether it knows all."""
-        if any(isinstance(user, str) != self._is_text for user in users):
+    async def row(self, user: int | str) -> tuple[pa.RecordBatch, bool]:
+        """The row [1] of a user, null where the store does not know them, and whether it does."""
+        if isinstance(user, str) != self._is_text:
             raise BadRequest(f"user: {'text' if self._is_text else 'an integer'} is expected")
         if isinstance(self._store, ArrowStore):  # mapped memory, 50 µs; a thread would take longer
-            rows, found = self._store.get(users)
+            row, found = self._store.get(pa.array([user]))
         else:
-            rows, found = await self._from_redis(users)
-        return rows, bool(found.all())
+            row, found = await self._from_redis(user)
+        return row, bool(found[0])
 
     async def visitor(self, user: int | str, context: Mapping[str, Scalar], exclude: Sequence[int]) -> Visitor:
         """Raises BadRequest for a user of another type, and for a context that is a column of the store."""
-        rows, _ = await self.rows([user])
-        seen = rows[SEEN][0].as_py() or [] if SEEN in rows.schema.names else []
-        table = pa.Table.from_batches([rows])
+        row, _ = await self.row(user)
+        seen = row[SEEN][0].as_py() or [] if SEEN in row.schema.names else []
+        table = pa.Table.from_batches([row])
         for name, value in context.items():
-            if name in rows.schema.names:
+            if name in row.schema.names:
                 raise BadRequest(f"context: {name!r} is a column of the user store")
             table = table.append_column(name, pa.array([value]))
         return Visitor(table, np.unique(np.array([*seen, *exclude], np.int64)))
@@ -81,11 +81,11 @@ class Visitors:
         keys: list[int | str] = await asyncio.to_thread(self._store.some_keys, count)
         return keys
 
-    async def _from_redis(self, users: Sequence[int | str]) -> Found:
+    async def _from_redis(self, user: int | str) -> Found:
         from redis.exceptions import RedisError
 
         try:
-            return await asyncio.to_thread(self._store.get, users)
+            return await asyncio.to_thread(self._store.get, pa.array([user]))
         except RedisError as error:
             log.error("user store: %s", first_line(error))
             raise Unavailable("the user store does not answer", self._retry_after_s) from None
