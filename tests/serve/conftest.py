@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -147,18 +148,41 @@ def user_store(served_data, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def learning(ray_cluster, make_release, user_store, tmp_path_factory):
-    """The address of an application with Online Matching that counts twice a second, and the folder of its logs."""
+@pytest.fixture(scope="session")
+def free_port():
+    """free_port(): one that nobody listens at."""
+
+    def find():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            return free.getsockname()[1]
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def serving(ray_cluster, free_port):
+    """`with serving(config) as url`: the application of this config at an address of this machine."""
     from ray import serve
 
     from raysys.serve.app import build
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    @contextmanager
+    def run(config):
+        port = free_port()
+        serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
+        serve.run(build(config), name="raysys", route_prefix="/")
+        yield f"http://127.0.0.1:{port}"
+        serve.shutdown()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def learning(serving, make_release, user_store, tmp_path_factory):
+    """The address of an application with Online Matching that counts twice a second, and the folder of its logs."""
     folder = tmp_path_factory.mktemp("learning")
-    version = f"learns-{port}"  # its actors are found by this name
+    version = folder.name  # its actors are found by this name, another one in each module
     release = make_release(folder / "release", version, clusters=6)
     stage = {"num_cpus": 0.1}
     config = {
@@ -175,9 +199,5 @@ def learning(ray_cluster, make_release, user_store, tmp_path_factory):
         "bandit": {"folder": str(folder / "bandit"), "slots": 2, "window_s": 0.5, "policy": {"neighbours": 2}},
         **{name: stage for name in ("retriever", "early_ranker", "ranker", "ingress")},
     }
-    serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
-    serve.run(build(config), name="raysys", route_prefix="/")
-    yield SimpleNamespace(
-        url=f"http://127.0.0.1:{port}", release=release, bandit=folder / "bandit", served=folder / "served"
-    )
-    serve.shutdown()
+    with serving(config) as url:
+        yield SimpleNamespace(url=url, release=release, bandit=folder / "bandit", served=folder / "served")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 
 import numpy as np
 import pyarrow as pa
@@ -22,15 +21,8 @@ STAGE = {"num_cpus": 0.1, "max_ongoing": 16}
 
 
 @pytest.fixture(scope="module")
-def served(ray_cluster, release, user_store, tmp_path_factory):
+def served(serving, release, user_store, tmp_path_factory):
     """The address of the application."""
-    from ray import serve
-
-    from raysys.serve.app import build
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     keys = tmp_path_factory.mktemp("keys") / "keys.txt"
     keys.write_text(f"another-key-that-is-as-long\n{KEY}\n")
     config = {
@@ -41,10 +33,8 @@ def served(ray_cluster, release, user_store, tmp_path_factory):
         **{name: STAGE for name in ("retriever", "early_ranker", "ranker")},
         "ingress": {"num_cpus": 0.1},
     }
-    serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
-    serve.run(build(config), name="raysys", route_prefix="/")
-    yield f"http://127.0.0.1:{port}"
-    serve.shutdown()
+    with serving(config) as url:
+        yield url
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +15,14 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.soak
 @pytest.mark.parametrize("proxy", ["default", "haproxy"])
-def test_two_kills_and_two_swaps_harm_no_answer(release, user_store, tmp_path, proxy):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    keys = [f"release={release.folder}", f"users={user_store}", f"proxy={proxy}", f"port={port}", "candidates=20"]
+def test_two_kills_and_two_swaps_harm_no_answer(release, user_store, free_port, tmp_path, proxy):
+    keys = [
+        f"release={release.folder}",
+        f"users={user_store}",
+        f"proxy={proxy}",
+        f"port={free_port()}",
+        "candidates=20",
+    ]
     short = ["rate=20", "half_s=4", "overload_s=6", "kills=2", "kill_every_s=30", "swaps=2"]
     command = [sys.executable, str(ROOT / "jobs/bench_serve.py"), *keys, *short, f"record={tmp_path}/record.json"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import runpy
-import socket
 import sys
 import threading
 from collections import Counter
@@ -38,14 +37,12 @@ def settings(folders, user_store, **changes):
 
 
 @pytest.fixture(scope="module")
-def served(ray_cluster, folders, user_store):
+def served(ray_cluster, free_port, folders, user_store):
     """The deployment, and the address that it serves at."""
     from ray import serve
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     deployment = Deployment(ray_cluster)
+    port = free_port()
     deployment.start(settings(folders, user_store), port=port)
     yield deployment, f"http://127.0.0.1:{port}"
     serve.shutdown()

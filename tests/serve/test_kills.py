@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 import time
 
@@ -18,15 +17,8 @@ RECOVERY_S = 30
 
 
 @pytest.fixture(scope="module")
-def served(ray_cluster, release, user_store):
+def served(serving, release, user_store):
     """The address of an application with two replicas of all that is killed."""
-    from ray import serve
-
-    from raysys.serve.app import build
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     one, two = {"num_cpus": 0.1}, {"num_cpus": 0.1, "min_replicas": 2, "max_replicas": 2}
     config = {
         "releases": {"v1": str(release.folder)},
@@ -34,10 +26,8 @@ def served(ray_cluster, release, user_store):
         "cascade": {"users": str(user_store), "retrieve": 20, "rank": 10, "deadline_ms": 60_000},
         **{"retriever": one, "early_ranker": one, "ranker": two, "ingress": two},
     }
-    serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
-    serve.run(build(config), name="raysys", route_prefix="/")
-    yield f"http://127.0.0.1:{port}"
-    serve.shutdown()
+    with serving(config) as url:
+        yield url
 
 
 def replicas(name):

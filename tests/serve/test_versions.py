@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 
 import numpy as np
@@ -25,15 +24,8 @@ def releases(release, make_release, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def served(ray_cluster, releases, user_store):
+def served(serving, releases, user_store):
     """The address of an application with both; one request at a time in its only ingress."""
-    from ray import serve
-
-    from raysys.serve.app import build
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     config = {
         "releases": {version: str(release.folder) for version, release in releases.items()},
         "traffic": TRAFFIC,
@@ -48,10 +40,8 @@ def served(ray_cluster, releases, user_store):
         },
         **{name: STAGE for name in ("retriever", "early_ranker", "ranker", "ingress")},
     }
-    serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
-    serve.run(build(config), name="raysys", route_prefix="/")
-    yield f"http://127.0.0.1:{port}"
-    serve.shutdown()
+    with serving(config) as url:
+        yield url
 
 
 def test_every_answer_is_wholly_of_the_users_version(served, releases, user_store):

@@ -7,29 +7,15 @@ import pytest
 import torch
 
 from raysys.models.retrieval.hierarchy import disjoint, exhaustive, soft_and_hard_auc, usage
-from raysys.models.retrieval.hsnn import HSNN
 from raysys.models.retrieval.indexes.hierarchical import Hierarchical
-from raysys.schema import DenseFeature, FeatureSchema, Label, SparseFeature, Table
 
 ITEMS, WIDTH, NODES = 600, 8, (6, 4)
-SCHEMA = FeatureSchema(
-    tables=(Table("a", 4), Table("b", 4)),
-    dense=(DenseFeature("x", "item"), DenseFeature("y", "user")),
-    sparse=(SparseFeature("a", "a", "item"), SparseFeature("b", "b", "user")),
-    labels=(Label("click"),),
-)
 
 
 @pytest.fixture(params=[0, 1, 2])
-def parts(request):
+def parts(request, make_hsnn):
     """A model with nodes on its items, their vectors, and users."""
-    model = HSNN(
-        SCHEMA, nodes=NODES, embedding_dim=8, deep=[8], width=WIDTH, hidden=[8], bottom=[4], seed=request.param
-    )
-    generator = torch.Generator().manual_seed(request.param)
-    items, users = (torch.nn.functional.normalize(torch.randn(n, WIDTH, generator=generator)) for n in (ITEMS, 40))
-    model.eval().quantizer.place(items, generator)
-    return model, items, users
+    return make_hsnn(NODES, ITEMS, 40, request.param)
 
 
 def indexed(model, items):

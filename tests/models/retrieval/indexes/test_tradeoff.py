@@ -7,30 +7,17 @@ import pytest
 import torch
 
 from raysys.models.retrieval.hierarchy import exhaustive
-from raysys.models.retrieval.hsnn import HSNN
 from raysys.models.retrieval.indexes.exact import Exact
 from raysys.models.retrieval.indexes.hierarchical import Hierarchical
 from raysys.models.retrieval.indexes.tradeoff import InvertedLists, tradeoff
-from raysys.schema import DenseFeature, FeatureSchema, Label, SparseFeature, Table
 
 ITEMS, WIDTH, NODES, K = 800, 8, (7, 5), 20
-SCHEMA = FeatureSchema(
-    tables=(Table("a", 4), Table("b", 4)),
-    dense=(DenseFeature("x", "item"), DenseFeature("y", "user")),
-    sparse=(SparseFeature("a", "a", "item"), SparseFeature("b", "b", "user")),
-    labels=(Label("click"),),
-)
 
 
 @pytest.fixture(params=[0, 1])
-def parts(request):
+def parts(request, make_hsnn):
     """A model, its index, users, and what scoring every item finds."""
-    model = HSNN(
-        SCHEMA, nodes=NODES, embedding_dim=8, deep=[8], width=WIDTH, hidden=[8], bottom=[4], seed=request.param
-    )
-    generator = torch.Generator().manual_seed(request.param)
-    items, users = (torch.nn.functional.normalize(torch.randn(n, WIDTH, generator=generator)) for n in (ITEMS, 12))
-    model.eval().quantizer.place(items, generator)
+    model, items, users = make_hsnn(NODES, ITEMS, 12, request.param)
     index = Hierarchical(model, beams=(1, 1))
     order = np.random.default_rng(request.param).permutation(ITEMS)
     index.add(order, items[torch.from_numpy(order)].numpy())
